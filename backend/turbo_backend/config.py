@@ -1,0 +1,164 @@
+"""Shapes of every network that can be served, and the table of named models (SPEC sections 1, 5 and 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from turbo_backend.errors import Misconfigured
+
+#: Per-channel mean and standard deviation of the Wan2.1 latents; latents = (mean - LATENTS_MEAN) / LATENTS_STD.
+LATENTS_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENTS_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiTConfig:
+    """A Wan diffusion transformer."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
+        if self.head_dim not in (64, 128):
+            raise ValueError(f"head_dim must be 64 or 128, not {self.head_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoderConfig:
+    """A UMT5 encoder."""
+
+    vocab_size: int = 256384
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VAEConfig:
+    """The causal Wan VAE: 8x8 pixels and 4 frames to one latent."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = LATENTS_MEAN
+    latents_std: tuple[float, ...] = LATENTS_STD
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """One served model: its networks, the files they load from, and its request defaults.
+
+    `dit_files` names the published denoiser files without suffix (`.pth` and `.safetensors` are both looked for);
+    a model with two experts lists the high-noise expert first. `-quant` is added for quantized files.
+    """
+
+    name: str
+    dit: DiTConfig
+    text_encoder: TextEncoderConfig
+    vae: VAEConfig
+    dit_files: tuple[tuple[str, ...], ...]
+    text_encoder_file: str
+    vae_file: str
+    tokenizer: str
+    resolutions: tuple[str, ...]
+    default_resolution: str
+    default_num_frames: int = 81
+    default_sigma_max: float = 80.0
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.dit_files)
+
+
+_WAN_RESOLUTIONS = ("480p", "720p", "720", "512", "480")
+_WAN_FILES = {
+    "text_encoder": TextEncoderConfig(),
+    "vae": VAEConfig(),
+    "text_encoder_file": "models_t5_umt5-xxl-enc-bf16",
+    "vae_file": "Wan2.1_VAE",
+    "tokenizer": "google/umt5-xxl",
+    "resolutions": _WAN_RESOLUTIONS,
+}
+
+MODELS: dict[str, ModelConfig] = {
+    model.name: model
+    for model in (
+        ModelConfig(
+            name="tiny",
+            dit=DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=6, text_dim=256),
+            text_encoder=TextEncoderConfig(
+                vocab_size=512, dim=256, dim_attn=256, dim_ffn=512, num_heads=4, num_layers=4
+            ),
+            vae=VAEConfig(base_dim=16),
+            dit_files=(("tiny-T2V",),),
+            text_encoder_file="tiny-umt5",
+            vae_file="tiny-VAE",
+            tokenizer="tokenizer",
+            resolutions=("144p",),
+            default_resolution="144p",
+            default_num_frames=33,
+        ),
+        ModelConfig(
+            name="Wan2.1-1.3B",
+            dit=DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+            dit_files=(("TurboWan2.1-T2V-1.3B-480P",),),
+            default_resolution="480p",
+            **_WAN_FILES,
+        ),
+        ModelConfig(
+            name="Wan2.1-14B",
+            dit=DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+            dit_files=(("TurboWan2.1-T2V-14B-720P", "TurboWan2.1-T2V-14B-480P"),),
+            default_resolution="720p",
+            **_WAN_FILES,
+        ),
+        ModelConfig(
+            name="Wan2.2-A14B",
+            dit=DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_channels=36),
+            dit_files=(("TurboWan2.2-I2V-A14B-high-720P",), ("TurboWan2.2-I2V-A14B-low-720P",)),
+            default_resolution="720p",
+            default_sigma_max=200.0,
+            **_WAN_FILES,
+        ),
+    )
+}
+
+
+def find_model(name: str) -> ModelConfig:
+    """The model of exactly that name.
+
+    Raises:
+        Misconfigured: no such model; the message lists those there are.
+    """
+    try:
+        return MODELS[name]
+    except KeyError:
+        raise Misconfigured(f"unknown model {name!r}: one of {', '.join(MODELS)}") from None

@@ -1,0 +1,68 @@
+"""The error tree of the server room.
+
+    TurboError                      INTERNAL
+    ├── InvalidArgument             INVALID_ARG     names field, value and what fits
+    ├── CheckpointError             INTERNAL        a weight file that does not fit its network
+    ├── ResourceExhausted           UNAVAILABLE     out of memory, before or during a run
+    ├── Cancelled                   CANCELLED
+    └── Misconfigured               UNAVAILABLE     an environment variable or installation at fault
+
+`code` is the Triton status that the adapters answer with; Triton 2.51 has no RESOURCE_EXHAUSTED, so that
+class answers UNAVAILABLE and begins its message with `[RESOURCE_EXHAUSTED]`, which the SDK reads.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TurboError(Exception):
+    """Anything this server knows how to explain."""
+
+    code: ClassVar[str] = "INTERNAL"
+
+
+class InvalidArgument(TurboError, ValueError):
+    """A request value outside its range.
+
+    Args:
+        field: wire name of the tensor or request parameter, such as `NUM_STEPS`.
+        value: what was received.
+        fits: what would have been accepted, in words.
+    """
+
+    code: ClassVar[str] = "INVALID_ARG"
+
+    def __init__(self, field: str, value: object, fits: str) -> None:
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = f"{shown[:60]}... ({len(shown)} characters)"
+        super().__init__(f"{field} = {shown}: must be {fits}")
+        self.field = field
+        self.value = value
+        self.fits = fits
+
+
+class CheckpointError(TurboError):
+    """A weight file is absent, unreadable, or does not hold what the network needs."""
+
+
+class ResourceExhausted(TurboError):
+    """The request does not fit into memory."""
+
+    code: ClassVar[str] = "UNAVAILABLE"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"[RESOURCE_EXHAUSTED] {message}")
+
+
+class Cancelled(TurboError):
+    """The caller gave the request up."""
+
+    code: ClassVar[str] = "CANCELLED"
+
+
+class Misconfigured(TurboError):
+    """The server's own settings or installation cannot work."""
+
+    code: ClassVar[str] = "UNAVAILABLE"

@@ -1,0 +1,148 @@
+"""What a request may ask for, checked once: every field is used as given or refused, never rounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from turbo_backend.config import ModelConfig
+from turbo_backend.errors import InvalidArgument
+
+#: (width, height) in pixels by resolution key and aspect ratio (SPEC section 2.5; 144p belongs to `tiny`).
+RESOLUTIONS: dict[str, dict[str, tuple[int, int]]] = {
+    key: {"1:1": one, "4:3": four_three, "3:4": four_three[::-1], "16:9": wide, "9:16": wide[::-1]}
+    for key, one, four_three, wide in (
+        ("144p", (192, 192), (208, 160), (256, 144)),
+        ("480p", (640, 640), (640, 480), (832, 480)),
+        ("720p", (960, 960), (960, 720), (1280, 720)),
+        ("720", (960, 960), (960, 704), (1280, 704)),
+        ("512", (512, 512), (640, 512), (640, 384)),
+        ("480", (480, 480), (640, 480), (768, 432)),
+    )
+}
+ASPECT_RATIOS = ("1:1", "4:3", "3:4", "16:9", "9:16")
+ATTENTION_TYPES = ("original", "sla", "sagesla")
+MAX_SEED = 2**63 - 1
+#: RoPE positions reach 128 patches on each axis, so 128 latent frames and 2048 pixels a side.
+MAX_LATENT_FRAMES = 128
+MAX_SIDE = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationParameters:
+    """One request's parameters, valid by construction.
+
+    Attributes:
+        seed: 0 < seed <= 2**63 - 1 (a request's 0 is drawn before this is built).
+        num_steps: denoising steps, 1 to 4.
+        num_frames: pixel frames, 4k + 1.
+        width, height: pixels, multiples of 16.
+        sigma_max: highest noise level, > 0.
+        sla_topk: share of key blocks that the sparse branch attends to, in (0, 1].
+        boundary: RF time below which the low-noise expert takes over (two-expert models).
+        ode: deterministic sampling instead of fresh noise at each step.
+    """
+
+    seed: int
+    num_steps: int
+    num_frames: int
+    resolution: str
+    aspect_ratio: str
+    width: int
+    height: int
+    sigma_max: float
+    attention_type: str
+    sla_topk: float
+    boundary: float
+    ode: bool
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(T, h, w) of the latents."""
+        return (1 + (self.num_frames - 1) // 4, self.height // 8, self.width // 8)
+
+    @property
+    def num_tokens(self) -> int:
+        """Length L of the denoiser's token sequence."""
+        t, h, w = self.latent_shape
+        return t * (h // 2) * (w // 2)
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def make_parameters(model: ModelConfig, values: Mapping[str, object], *, seed: int) -> GenerationParameters:
+    """Checks a request's values against what `model` serves; absent fields take the model's defaults.
+
+    Args:
+        values: by wire name (`NUM_STEPS`, `SIGMA_MAX`, ...), as Python scalars.
+        seed: used when SEED is absent or 0.
+
+    Raises:
+        InvalidArgument: naming field, value and what fits.
+    """
+    num_steps = _integer(values, "NUM_STEPS", 4)
+    if not 1 <= num_steps <= 4:
+        raise InvalidArgument("NUM_STEPS", num_steps, "1, 2, 3 or 4")
+    num_frames = _integer(values, "NUM_FRAMES", model.default_num_frames)
+    max_frames = 4 * (MAX_LATENT_FRAMES - 1) + 1
+    if not 1 <= num_frames <= max_frames or num_frames % 4 != 1:
+        below = max(1, min(max_frames, num_frames - (num_frames - 1) % 4))
+        near = f"{below} or {below + 4}" if 1 <= num_frames <= max_frames - 4 else f"{below}"
+        raise InvalidArgument("NUM_FRAMES", num_frames, f"4k + 1 and at most {max_frames}; nearest: {near}")
+    given_seed = _integer(values, "SEED", 0)
+    if not 0 <= given_seed <= MAX_SEED:
+        raise InvalidArgument("SEED", given_seed, f"0 (draw one) to {MAX_SEED}")
+
+    resolution = _choice(values, "RESOLUTION", model.resolutions, model.default_resolution)
+    aspect_ratio = _choice(values, "ASPECT_RATIO", ASPECT_RATIOS, "16:9")
+    width, height = RESOLUTIONS[resolution][aspect_ratio]
+    return GenerationParameters(
+        seed=given_seed or seed,
+        num_steps=num_steps,
+        num_frames=num_frames,
+        resolution=resolution,
+        aspect_ratio=aspect_ratio,
+        width=width,
+        height=height,
+        sigma_max=_real(
+            values, "SIGMA_MAX", model.default_sigma_max, low=0.0, high=1e6, fits="over 0, at most 1e6"
+        ),
+        attention_type=_choice(values, "ATTENTION_TYPE", ATTENTION_TYPES, "sagesla"),
+        sla_topk=_real(values, "SLA_TOPK", 0.1, low=0.0, high=1.0, fits="over 0, at most 1"),
+        boundary=_real(values, "BOUNDARY", 0.9, low=0.5 - 1e-12, high=1.0, fits="0.5 to 1"),
+        ode=_boolean(values, "ODE", False),
+    )
+
+
+def _integer(values: Mapping[str, object], field: str, default: int) -> int:
+    value = values.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidArgument(field, value, "an integer")
+    return value
+
+
+def _real(
+    values: Mapping[str, object], field: str, default: float, *, low: float, high: float, fits: str
+) -> float:
+    value = values.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidArgument(field, value, "a number")
+    if not (math.isfinite(value) and low < value <= high):
+        raise InvalidArgument(field, value, fits)
+    return float(value)
+
+
+def _choice(values: Mapping[str, object], field: str, choices: tuple[str, ...], default: str) -> str:
+    value = values.get(field, default)
+    if not isinstance(value, str) or value not in choices:
+        raise InvalidArgument(field, value, f"one of {', '.join(choices)}")
+    return value
+
+
+def _boolean(values: Mapping[str, object], field: str, default: bool) -> bool:
+    value = values.get(field, default)
+    if not isinstance(value, bool):
+        raise InvalidArgument(field, value, "true or false")
+    return value
