@@ -106,9 +106,7 @@ def make_parameters(model: ModelConfig, values: Mapping[str, object], *, seed: i
         aspect_ratio=aspect_ratio,
         width=width,
         height=height,
-        sigma_max=_real(
-            values, "SIGMA_MAX", model.default_sigma_max, low=0.0, high=1e6, fits="over 0, at most 1e6"
-        ),
+        sigma_max=_real(values, "SIGMA_MAX", model.default_sigma_max, low=0.0, high=1e6, fits="over 0, at most 1e6"),
         attention_type=_choice(values, "ATTENTION_TYPE", ATTENTION_TYPES, "sagesla"),
         sla_topk=_real(values, "SLA_TOPK", 0.1, low=0.0, high=1.0, fits="over 0, at most 1"),
         boundary=_real(values, "BOUNDARY", 0.9, low=0.5 - 1e-12, high=1.0, fits="0.5 to 1"),
@@ -123,9 +121,7 @@ def _integer(values: Mapping[str, object], field: str, default: int) -> int:
     return value
 
 
-def _real(
-    values: Mapping[str, object], field: str, default: float, *, low: float, high: float, fits: str
-) -> float:
+def _real(values: Mapping[str, object], field: str, default: float, *, low: float, high: float, fits: str) -> float:
     value = values.get(field, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidArgument(field, value, "a number")
