@@ -1,0 +1,51 @@
+"""Which implementation computes an op: chosen by name, never swapped silently.
+
+reference   PyTorch in fp32; any device
+triton      the triton-lang kernels of this package; a CUDA GPU, or the CPU under TRITON_INTERPRET=1
+spargeattn  the optional package spas_sage_attn; only the `sagesla` attention on a CUDA GPU
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+PROVIDERS = ("reference", "triton", "spargeattn")
+
+#: Read once, as triton itself reads it once: a kernel is bound to the interpreter when it is decorated.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def default_provider(device: torch.device | str) -> str:
+    """`triton` on a CUDA device, `reference` elsewhere."""
+    return "triton" if torch.device(device).type == "cuda" else "reference"
+
+
+def resolve_provider(
+    provider: str | None, device: torch.device, *, op: str, available: tuple[str, ...] = ("reference", "triton")
+) -> str:
+    """Check that `provider` can compute `op` on `device`; None means the default of the device.
+
+    Raises:
+        ValueError: an unknown provider, one that does not offer this op, or one that cannot run on this device.
+    """
+    if provider is None:
+        provider = default_provider(device)
+    if provider not in PROVIDERS:
+        raise ValueError(f"unknown provider {provider!r}: one of {', '.join(PROVIDERS)}")
+    if provider not in available:
+        raise ValueError(f"provider {provider!r} does not offer {op}: one of {', '.join(available)}")
+    if provider == "triton" and device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"provider 'triton' cannot run {op} on {device}: it needs a CUDA device, "
+            "or TRITON_INTERPRET=1 set before turbo_kernels is imported"
+        )
+    if provider == "spargeattn" and device.type != "cuda":
+        raise ValueError(f"provider 'spargeattn' cannot run {op} on {device}: it needs a CUDA device")
+    return provider
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the tensor cores of `device` multiply e4m3 (compute capability 8.9 and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
