@@ -142,3 +142,34 @@ def _boolean(values: Mapping[str, object], field: str, default: bool) -> bool:
     if not isinstance(value, bool):
         raise InvalidArgument(field, value, "true or false")
     return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """How the caller wants the result; none of it changes a pixel.
+
+    Attributes:
+        container: `mp4` (H.264) or `raw` (uint8 RGB frames).
+        fps: frames a second that the MP4 plays at.
+        preview: send a small JPEG of the denoised estimate with each step.
+    """
+
+    container: str = "mp4"
+    fps: int = 16
+    preview: bool = True
+
+
+def make_delivery(values: Mapping[str, object]) -> Delivery:
+    """Checks the request parameters that concern delivery; parameters of other names are not ours to judge.
+
+    Raises:
+        InvalidArgument: naming parameter, value and what fits.
+    """
+    fps = _integer(values, "fps", 16)
+    if not 1 <= fps <= 60:
+        raise InvalidArgument("fps", fps, "1 to 60")
+    return Delivery(
+        container=_choice(values, "container", ("mp4", "raw"), "mp4"),
+        fps=fps,
+        preview=_boolean(values, "preview", True),
+    )

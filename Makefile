@@ -1,0 +1,53 @@
+# Every target sets up what it needs; `make help` lists them.
+VENV ?= .venv
+# pip takes the build of torch that fits the machine; any release that pyproject.toml admits will do.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup fmt lint test server gpu bench demo serve ci clean
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "numpy<2"
+	$(BIN)/python -m pip install --quiet --editable ".[server,dev]"
+	@touch $@
+
+setup: $(STAMP)  ## make the virtual environment with everything in it
+
+fmt: $(STAMP)  ## format the code
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format --quiet .
+
+lint: $(STAMP)  ## ruff, mypy and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(STAMP)  ## all tests that need no GPU, the real server included
+	$(BIN)/python -m pytest -m "not gpu"
+
+server: $(STAMP)  ## only the tests against a real Triton server
+	$(BIN)/python -m pytest -m server
+
+gpu: $(STAMP)  ## only the tests that need a CUDA GPU
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(STAMP)  ## serving overhead, batching, loading memory (CPU, tiny model)
+	$(BIN)/python tests/benches/bench_serving.py
+	$(BIN)/python tests/benches/bench_checkpoint_memory.py
+
+demo: $(STAMP)  ## start the server, make a video from a prompt, stop the server
+	$(BIN)/python deploy/demo.py
+
+serve: $(STAMP)  ## serve the embedded tiny model on loopback
+	$(BIN)/turbodiffusion-server serve
+
+ci: lint test  ## what continuous integration runs

@@ -1,0 +1,74 @@
+"""The whole request in one process: what the ensemble does, without a server. For tests, benches and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from turbo_backend.errors import TurboError
+from turbo_backend.parameters import Delivery
+from turbo_backend.settings import Settings
+from turbo_backend.stages.denoiser import DenoisedStep, DenoiseRequest, DenoiserStage
+from turbo_backend.stages.loading import load_denoiser, load_text_encoder, load_vae_decoder
+from turbo_backend.stages.text_encoder import TextEncoderStage
+from turbo_backend.stages.vae_decoder import DecodedChunk, DecodedVideo, DecodeRequest, VAEDecoderStage
+
+
+class Pipeline:
+    """Text encoder, denoiser and VAE decoder in one process."""
+
+    def __init__(self, text_encoder: TextEncoderStage, denoiser: DenoiserStage, vae_decoder: VAEDecoderStage) -> None:
+        self._text_encoder = text_encoder
+        self._denoiser = denoiser
+        self._vae_decoder = vae_decoder
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Pipeline:
+        """Loads every stage of the model that `settings` choose."""
+        return cls(
+            load_text_encoder(settings),
+            load_denoiser(settings, ensemble="text_to_video"),
+            load_vae_decoder(settings),
+        )
+
+    def stream(
+        self, prompt: str, *, delivery: Delivery | None = None, **values: object
+    ) -> Iterator[DenoisedStep | DecodedChunk | DecodedVideo]:
+        """Runs one request, yielding each step, each decoded chunk, and the video.
+
+        Args:
+            prompt: what the video shows.
+            delivery: container, frame rate and previews.
+            values: parameters by lower-case wire name (`num_steps=2`); absent ones take the model's defaults.
+
+        Raises:
+            TurboError: whatever the failing stage says.
+        """
+        delivery = delivery or Delivery(preview=False)
+        (encoded,) = self._text_encoder.encode([prompt])
+        if isinstance(encoded, TurboError):
+            raise encoded
+        request = DenoiseRequest(
+            text_embeddings=encoded.embeddings,
+            text_length=encoded.length,
+            values={name.upper(): value for name, value in values.items()},
+            report=encoded.report(),
+            preview=delivery.preview,
+        )
+        for _, step in self._denoiser.denoise([request]):
+            if isinstance(step, TurboError):
+                raise step
+            yield step
+        assert step.latents is not None
+        assert step.report is not None
+        for _, update in self._vae_decoder.decode(
+            [DecodeRequest(latents=step.latents, report=step.report, delivery=delivery)]
+        ):
+            if isinstance(update, TurboError):
+                raise update
+            yield update
+
+    def generate(self, prompt: str, *, delivery: Delivery | None = None, **values: object) -> DecodedVideo:
+        """Runs one request to its end; arguments and errors as in `stream`."""
+        *_, video = self.stream(prompt, delivery=delivery, **values)
+        assert isinstance(video, DecodedVideo)
+        return video

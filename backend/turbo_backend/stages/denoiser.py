@@ -1,0 +1,236 @@
+"""Text embeddings and a seed in, latents out: the rCM loop over groups of requests that can run as one batch."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from turbo_backend.config import ModelConfig
+from turbo_backend.errors import InvalidArgument, TurboError
+from turbo_backend.manifest import device_name, versions
+from turbo_backend.memory import as_turbo_error, check_fits, decoder_bytes, denoiser_bytes
+from turbo_backend.nets.attention import AttentionSettings
+from turbo_backend.nets.dit import WanDiT
+from turbo_backend.noise import draw_noise
+from turbo_backend.parameters import MAX_SEED, GenerationParameters, make_parameters
+from turbo_backend.sampler import RCMSchedule, sample_steps
+from turbo_kernels import attention_geometry
+
+#: Longest side of a preview in latents; larger estimates are averaged down before they are decoded.
+_PREVIEW_SIDE = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenoiseRequest:
+    """One request as it arrived.
+
+    Attributes:
+        text_embeddings: float32 `[text_len, text_dim]`; rows past `text_length` are ignored.
+        values: wire values by name (`SEED`, `NUM_STEPS`, ...), not yet checked.
+        report: what earlier stages reported (`prompt`, `stages`).
+        preview: yield a preview with each step.
+    """
+
+    text_embeddings: torch.Tensor
+    text_length: int
+    values: Mapping[str, object]
+    report: Mapping[str, object]
+    preview: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenoisedStep:
+    """Step `step` of `step_count` is done.
+
+    Attributes:
+        preview_latents: float32 `[16, 1, h', w']`, the denoised estimate's middle frame, or None.
+        latents: float32 `[16, T, h, w]` after the last step, else None.
+        report: with the last step.
+    """
+
+    step: int
+    step_count: int
+    preview_latents: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    report: dict[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Admitted:
+    """A request that passed every check."""
+
+    index: int
+    request: DenoiseRequest
+    parameters: GenerationParameters
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """What must match for two requests to run as one batch; seeds and sigma_max may differ."""
+        p = self.parameters
+        return (p.latent_shape, p.num_steps, p.attention_type, p.sla_topk, p.ode)
+
+
+class DenoiserStage:
+    """Runs the rCM sampler for batches of unlike requests.
+
+    Args:
+        net: denoiser on its device.
+        model: the served model.
+        provider: attention provider (`reference`, `triton`, `spargeattn`).
+        max_batch_tokens: most tokens that one batch may hold together; a longer request runs alone.
+        identity: `weights` and other facts about this server that go into every report.
+    """
+
+    def __init__(
+        self,
+        net: WanDiT,
+        model: ModelConfig,
+        *,
+        provider: str,
+        max_batch_tokens: int,
+        identity: Mapping[str, object],
+    ) -> None:
+        self._net = net
+        self._model = model
+        self._provider = provider
+        self._max_batch_tokens = max_batch_tokens
+        self._identity = dict(identity)
+        self._device = net.patch_embedding.weight.device
+        self._dtype = net.patch_embedding.weight.dtype
+
+    def denoise(
+        self, requests: Sequence[DenoiseRequest | TurboError]
+    ) -> Iterator[tuple[int, DenoisedStep | TurboError]]:
+        """Runs a batch; yields (index, update), for each request ending in latents or an error.
+
+        An entry that is already an error is yielded as it is; one that fails never harms its neighbours.
+        """
+        groups: dict[tuple[object, ...], list[_Admitted]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            try:
+                admitted = self._admit(index, request)
+            except TurboError as error:
+                yield index, error
+            else:
+                groups[admitted.group].append(admitted)
+        for members in groups.values():
+            at_once = max(1, self._max_batch_tokens // members[0].parameters.num_tokens)
+            for first in range(0, len(members), at_once):
+                yield from self._run_group(members[first : first + at_once])
+
+    def _admit(self, index: int, request: DenoiseRequest | TurboError) -> _Admitted:
+        if isinstance(request, TurboError):
+            raise request
+        parameters = make_parameters(self._model, request.values, seed=1 + secrets.randbelow(MAX_SEED))
+        embeddings, dit = request.text_embeddings, self._model.dit
+        if embeddings.ndim != 2 or embeddings.shape[1] != dit.text_dim or embeddings.shape[0] > dit.text_len:
+            fits = f"[tokens <= {dit.text_len}, {dit.text_dim}]"
+            raise InvalidArgument("TEXT_EMBEDDINGS", list(embeddings.shape), f"of shape {fits}")
+        if not 1 <= request.text_length <= embeddings.shape[0]:
+            raise InvalidArgument("TEXT_LENGTH", request.text_length, f"1 to {embeddings.shape[0]}")
+        if not torch.isfinite(embeddings[: request.text_length]).all():
+            raise InvalidArgument("TEXT_EMBEDDINGS", "NaN or infinity", "finite")
+        size = f"{parameters.width}x{parameters.height}, {parameters.num_frames} frames"
+        check_fits(denoiser_bytes(dit, parameters, self._dtype), self._device, f"denoising {size}")
+        check_fits(decoder_bytes(self._model.vae, parameters, self._dtype), self._device, f"decoding {size}")
+        return _Admitted(index=index, request=request, parameters=parameters)
+
+    def _run_group(self, members: Sequence[_Admitted]) -> Iterator[tuple[int, DenoisedStep | TurboError]]:
+        try:
+            yield from self._sample(members)
+        except Exception as error:
+            if len(members) == 1:
+                yield members[0].index, as_turbo_error(error, "denoiser")
+            else:  # what fails together may do alone
+                for member in members:
+                    yield from self._run_group([member])
+
+    @torch.inference_mode()
+    def _sample(self, members: Sequence[_Admitted]) -> Iterator[tuple[int, DenoisedStep | TurboError]]:
+        first = members[0].parameters
+        attention = AttentionSettings(
+            attention_type=first.attention_type, sla_topk=first.sla_topk, provider=self._provider
+        )
+        shape = (self._model.dit.out_channels, *first.latent_shape)
+
+        def draw(step: int) -> torch.Tensor:
+            noise = [draw_noise(member.parameters.seed, step, shape) for member in members]
+            return torch.stack(noise).to(self._device)
+
+        def velocity(latents: torch.Tensor, timesteps: torch.Tensor, _step: int) -> torch.Tensor:
+            return self._net(latents.to(self._dtype), timesteps, context, attention=attention)
+
+        started = stepped = time.perf_counter()
+        context = self._net.prepare_context(
+            torch.stack([member.request.text_embeddings for member in members]).to(self._device, self._dtype),
+            [member.request.text_length for member in members],
+        )
+        schedules = [RCMSchedule(first.num_steps, member.parameters.sigma_max) for member in members]
+        step_milliseconds: list[float] = []
+        for step in sample_steps(velocity, draw, schedules, ode=first.ode):
+            latents = step.latents.float().cpu() if step.is_last else None
+            if self._device.type == "cuda" and not step.is_last:
+                torch.cuda.synchronize(self._device)
+            now = time.perf_counter()
+            step_milliseconds.append(round((now - stepped) * 1000, 2))
+            stepped = now
+            for row, member in enumerate(members):
+                if latents is not None and not torch.isfinite(latents[row]).all():
+                    yield member.index, TurboError("denoiser gave latents that are not finite")
+                    continue
+                yield (
+                    member.index,
+                    DenoisedStep(
+                        step=step.index + 1,
+                        step_count=first.num_steps,
+                        preview_latents=_shrink(step.denoised[row]) if member.request.preview else None,
+                        latents=None if latents is None else latents[row],
+                        report=self._report(member, len(members), (now - started) * 1000, step_milliseconds)
+                        if step.is_last
+                        else None,
+                    ),
+                )
+
+    def _report(
+        self, member: _Admitted, batch_size: int, milliseconds: float, step_milliseconds: Sequence[float]
+    ) -> dict[str, object]:
+        p = member.parameters
+        parameters = {key: value for key, value in p.to_dict().items() if key not in ("seed", "width", "height")}
+        attention: dict[str, object] = {"type": p.attention_type, "provider": self._provider}
+        if p.attention_type != "original":
+            attention["block_q"], attention["block_k"] = attention_geometry(p.attention_type, self._device)
+        return {
+            **member.request.report,
+            **self._identity,
+            "model": self._model.name,
+            "seed": p.seed,
+            "parameters": parameters,
+            "attention": attention,
+            "num_tokens": p.num_tokens,
+            "device": device_name(self._device),
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "versions": versions(),
+            "stages": {
+                **member.request.report.get("stages", {}),  # type: ignore[dict-item]
+                "denoiser": {
+                    "milliseconds": round(milliseconds, 2),
+                    "step_milliseconds": list(step_milliseconds),
+                    "batch_size": batch_size,
+                },
+            },
+        }
+
+
+def _shrink(estimate: torch.Tensor) -> torch.Tensor:
+    """The middle frame of `[C, T, h, w]`, averaged down to at most `_PREVIEW_SIDE` a side, float32 on the CPU."""
+    frame = estimate[:, estimate.shape[1] // 2].float()
+    factor = -(-max(frame.shape[1:]) // _PREVIEW_SIDE)
+    if factor > 1:
+        frame = F.avg_pool2d(frame[None], factor)[0]
+    return frame[:, None].cpu()

@@ -1,0 +1,175 @@
+"""Latents in, video out: chunk by chunk through the causal VAE, encoded to MP4 while the next chunk is decoded."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from turbo_backend.errors import TurboError
+from turbo_backend.manifest import make_manifest
+from turbo_backend.memory import as_turbo_error
+from turbo_backend.nets.vae import WanVAE
+from turbo_backend.parameters import Delivery
+from turbo_backend.video import MP4Encoder, encode_jpeg, to_uint8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeRequest:
+    """Finished latents `[16, T, h, w]` float32 and the denoiser's report on them."""
+
+    latents: torch.Tensor
+    report: Mapping[str, object]
+    delivery: Delivery
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedChunk:
+    """Chunk `step` of `step_count` is decoded."""
+
+    step: int
+    step_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedVideo:
+    """The finished video: MP4 bytes, or raw frames uint8 `[F, H, W, 3]`, and the whole report."""
+
+    step_count: int
+    report: dict[str, object]
+    mp4: bytes = b""
+    frames: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
+
+
+class VAEDecoderStage:
+    """Decodes groups of requests that share a latent shape.
+
+    Args:
+        vae: network on its device, in its dtype.
+        max_batch_pixels: most pixels (frames x height x width, all members) that one batch may decode together.
+    """
+
+    def __init__(self, vae: WanVAE, *, max_batch_pixels: int) -> None:
+        self._vae = vae
+        self._max_batch_pixels = max_batch_pixels
+
+    @torch.inference_mode()
+    def preview(self, latents: torch.Tensor) -> bytes:
+        """JPEG of one latent frame `[16, 1, h, w]` (float32)."""
+        frames_BCFHW = self._vae.decode_frame(self._to_device(latents[None]))
+        return encode_jpeg(to_uint8(frames_BCFHW)[0, 0].cpu().numpy())
+
+    def decode(
+        self, requests: Sequence[DecodeRequest]
+    ) -> Iterator[tuple[int, DecodedChunk | DecodedVideo | TurboError]]:
+        """Decodes a batch; yields (index, update), for each request ending in a video or an error."""
+        groups: dict[torch.Size, list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            groups[request.latents.shape].append(index)
+        for shape, members in groups.items():
+            _, t, h, w = shape
+            at_once = max(1, self._max_batch_pixels // ((4 * t - 3) * h * w * 64))
+            for first in range(0, len(members), at_once):
+                indices = members[first : first + at_once]
+                yield from self._decode_group(indices, [requests[index] for index in indices])
+
+    def _decode_group(
+        self, indices: Sequence[int], requests: Sequence[DecodeRequest]
+    ) -> Iterator[tuple[int, DecodedChunk | DecodedVideo | TurboError]]:
+        sinks = [_VideoSink(request) for request in requests]
+        started = time.perf_counter()
+        num_chunks = requests[0].latents.shape[1]
+        try:
+            with torch.inference_mode():
+                latents_BCThw = self._to_device(torch.stack([request.latents for request in requests]))
+                for chunk, frames_BCFHW in enumerate(self._vae.decode_chunks(latents_BCThw), start=1):
+                    for sink, frames_FHWC in zip(sinks, to_uint8(frames_BCFHW).cpu().numpy(), strict=True):
+                        sink.add(frames_FHWC)
+                    for index in indices:
+                        yield index, DecodedChunk(step=chunk, step_count=num_chunks)
+        except Exception as error:
+            for sink in sinks:
+                sink.abandon()
+            if len(requests) == 1:
+                yield indices[0], as_turbo_error(error, "vae_decoder")
+            else:  # what fails together may do alone
+                for index, request in zip(indices, requests, strict=True):
+                    yield from self._decode_group([index], [request])
+            return
+        milliseconds = (time.perf_counter() - started) * 1000
+        for index, sink in zip(indices, sinks, strict=True):
+            try:
+                video = sink.finish(num_chunks, milliseconds, len(requests))
+            except TurboError as error:
+                yield index, error
+            else:
+                yield index, video
+
+    def _to_device(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.to(next(self._vae.parameters()).device)
+
+
+class _VideoSink:
+    """Collects the frames of one request, as MP4 or raw."""
+
+    def __init__(self, request: DecodeRequest) -> None:
+        self._request = request
+        self._encoder: MP4Encoder | None = None
+        self._raw: list[np.ndarray] = []
+        self._shape = (0, 0)
+        self._num_frames = 0
+
+    def add(self, frames_FHWC: np.ndarray) -> None:
+        if not self._num_frames:
+            self._shape = frames_FHWC.shape[1:3]
+            if self._request.delivery.container == "mp4":
+                self._encoder = self._open()
+        self._num_frames += len(frames_FHWC)
+        if self._encoder is not None:
+            self._encoder.add(frames_FHWC)
+        else:
+            self._raw.append(frames_FHWC)
+
+    def finish(self, num_chunks: int, decode_milliseconds: float, batch_size: int) -> DecodedVideo:
+        started = time.perf_counter()
+        mp4 = self._encoder.finish() if self._encoder else b""
+        frames = np.concatenate(self._raw) if self._raw else np.empty((0, 0, 0, 3), np.uint8)
+        waited = (time.perf_counter() - started) * 1000
+        delivery = self._request.delivery
+        report = dict(self._request.report)
+        report["stages"] = {
+            **report["stages"],
+            "vae_decoder": {"milliseconds": round(decode_milliseconds, 2), "batch_size": batch_size},
+            "video_encoder": {
+                "milliseconds": round(self._encoder.milliseconds, 2) if self._encoder else 0.0,
+                "milliseconds_after_decode": round(waited, 2),
+            },
+        }
+        report["video"] = {
+            "container": delivery.container,
+            "width": self._shape[1],
+            "height": self._shape[0],
+            "num_frames": self._num_frames,
+            "fps": delivery.fps,
+            "bytes": len(mp4) or frames.nbytes,
+        }
+        return DecodedVideo(step_count=num_chunks, report=report, mp4=mp4, frames=frames)
+
+    def abandon(self) -> None:
+        if self._encoder is not None:
+            self._encoder.abandon()
+
+    def _open(self) -> MP4Encoder:
+        t = self._request.latents.shape[1]
+        height, width = self._shape
+        return MP4Encoder(
+            width=width,
+            height=height,
+            fps=self._request.delivery.fps,
+            num_frames=4 * t - 3,
+            comment=make_manifest(self._request.report),
+        )

@@ -1,0 +1,110 @@
+"""What the three `model.py` adapters share: Triton requests to Python values, our errors to Triton's.
+
+`triton_python_backend_utils` exists only inside a Triton stub, so it is imported here and nowhere else in the package.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+from torch.utils.dlpack import from_dlpack, to_dlpack
+
+from turbo_backend.errors import InvalidArgument, TurboError
+
+_log = logging.getLogger(__name__)
+_CODES = {
+    "INTERNAL": pb_utils.TritonError.INTERNAL,
+    "INVALID_ARG": pb_utils.TritonError.INVALID_ARG,
+    "UNAVAILABLE": pb_utils.TritonError.UNAVAILABLE,
+    "CANCELLED": pb_utils.TritonError.CANCELLED,
+}
+FINAL: int = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+def read_scalar(request: Any, name: str) -> object | None:
+    """The one value of an optional `[1, 1]` input as a Python scalar, or None where it is absent.
+
+    Raises:
+        InvalidArgument: more than one value, or text that is not UTF-8.
+    """
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return None
+    values = tensor.as_numpy()
+    if values.size != 1:
+        raise InvalidArgument(name, list(values.shape), "one value, of shape [1, 1]")
+    value = values.reshape(-1)[0]
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise InvalidArgument(name, value, "valid UTF-8") from None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def read_bytes(request: Any, name: str) -> bytes:
+    """The one element of a required BYTES input."""
+    values = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+    if values.size != 1:
+        raise InvalidArgument(name, list(values.shape), "one value, of shape [1, 1]")
+    return bytes(values.reshape(-1)[0])
+
+
+def read_tensor(request: Any, name: str) -> torch.Tensor:
+    """A required input without its batch dimension, sharing the request's memory.
+
+    Raises:
+        InvalidArgument: a batch of more than one in one request.
+    """
+    tensor: torch.Tensor = from_dlpack(pb_utils.get_input_tensor_by_name(request, name).to_dlpack())
+    if tensor.shape[0] != 1:
+        raise InvalidArgument(name, list(tensor.shape), "a batch of one: send a request for each video")
+    return tensor[0]
+
+
+def read_parameters(request: Any) -> Mapping[str, object]:
+    """The request's own parameters, which only concern delivery."""
+    text = request.parameters()
+    return json.loads(text) if text else {}
+
+
+def write_tensor(name: str, tensor: torch.Tensor) -> Any:
+    """An output of batch size 1."""
+    return pb_utils.Tensor.from_dlpack(name, to_dlpack(tensor[None].contiguous()))
+
+
+def write_array(name: str, array: np.ndarray) -> Any:
+    """An output of batch size 1 from numpy."""
+    return pb_utils.Tensor(name, array[None])
+
+
+def write_integer(name: str, value: int) -> Any:
+    return pb_utils.Tensor(name, np.array([[value]], np.int32))
+
+
+def write_bytes(name: str, value: bytes | str) -> Any:
+    encoded = value.encode("utf-8") if isinstance(value, str) else value
+    return pb_utils.Tensor(name, np.array([[encoded]], np.object_))
+
+
+def write_json(name: str, value: Mapping[str, object]) -> Any:
+    return write_bytes(name, json.dumps(value, ensure_ascii=False))
+
+
+def error_response(error: TurboError, request_id: str) -> Any:
+    """The response that ends a request with `error`; what nobody foresaw names the request."""
+    message = str(error)
+    if error.code == "INTERNAL":
+        _log.error("request %s: %s", request_id or "without id", message)
+        message = f"{message} (request {request_id or 'without id'})"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, _CODES[error.code]))
+
+
+def response(*tensors: Any) -> Any:
+    return pb_utils.InferenceResponse(list(tensors))

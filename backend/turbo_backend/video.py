@@ -1,0 +1,104 @@
+"""Frames to MP4 in memory (H.264, yuv420p, BT.709, index first), encoded in a thread while later frames are decoded."""
+
+from __future__ import annotations
+
+import io
+import queue
+import threading
+import time
+from fractions import Fraction
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+
+from turbo_backend.errors import TurboError
+
+#: One thread count on every machine: x264's output depends on it, and equal requests must give equal bytes.
+_X264_OPTIONS = {"preset": "veryfast", "crf": "18", "threads": "8"}
+_BT709 = 1
+_LIMITED_RANGE = 1
+
+
+def to_uint8(frames_BCFHW: torch.Tensor) -> torch.Tensor:
+    """`[B, 3, F, H, W]` in [-1, 1] to uint8 `[B, F, H, W, 3]`: clamp, then floor(255 (x + 1) / 2 + 0.5)."""
+    scaled = frames_BCFHW.float().clamp(-1, 1).add(1).mul(127.5).add(0.5)
+    return scaled.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def encode_jpeg(frame_HWC: np.ndarray, *, quality: int = 80) -> bytes:
+    """One uint8 RGB frame as JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame_HWC).save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+class MP4Encoder:
+    """Encodes one video in a thread of its own; `add` returns at once, `finish` waits for the file.
+
+    Args:
+        width, height: pixels, even.
+        fps: frames a second.
+        num_frames: length of the video, which sizes the index at the front of the file.
+        comment: text kept in the file's metadata (the replay manifest).
+    """
+
+    def __init__(self, *, width: int, height: int, fps: int, num_frames: int, comment: str) -> None:
+        self._buffer = io.BytesIO()
+        self._container = av.open(
+            self._buffer,
+            mode="w",
+            format="mp4",
+            # Reserves room for the index in front of the frames, so that a browser plays while it loads.
+            options={"moov_size": str(4096 + 48 * num_frames + 2 * len(comment.encode()))},
+        )
+        self._container.metadata["comment"] = comment
+        self._stream = self._container.add_stream("libx264", rate=fps, options=_X264_OPTIONS)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        context = self._stream.codec_context
+        context.time_base = Fraction(1, fps)
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = _LIMITED_RANGE
+        self.milliseconds = 0.0
+        self._frames: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="mp4-encoder", daemon=True)
+        self._thread.start()
+
+    def add(self, frames_FHWC: np.ndarray) -> None:
+        """Queues uint8 RGB frames `[F, H, W, 3]`."""
+        self._frames.put(frames_FHWC)
+
+    def finish(self) -> bytes:
+        """Waits for the last frame and gives the file.
+
+        Raises:
+            TurboError: the encoder failed.
+        """
+        self._frames.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise TurboError(f"MP4 encoding failed: {self._error}") from self._error
+        return self._buffer.getvalue()
+
+    def abandon(self) -> None:
+        """Stops the thread and drops what was encoded."""
+        self._frames.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while (frames := self._frames.get()) is not None:
+                started = time.perf_counter()
+                for frame_HWC in frames:
+                    picture = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
+                    picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709")
+                    self._container.mux(self._stream.encode(picture))
+                self.milliseconds += (time.perf_counter() - started) * 1000
+            started = time.perf_counter()
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
+            self.milliseconds += (time.perf_counter() - started) * 1000
+        except (av.FFmpegError, ValueError, MemoryError) as error:
+            self._error = error

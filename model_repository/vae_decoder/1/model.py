@@ -1,0 +1,90 @@
+"""Triton adapter of the VAE decoder: progress passes through at once, latents are decoded in a worker thread."""
+
+import json
+import queue
+import threading
+
+import numpy as np
+
+from turbo_backend import triton_adapter as triton
+from turbo_backend.errors import TurboError
+from turbo_backend.memory import as_turbo_error
+from turbo_backend.parameters import make_delivery
+from turbo_backend.settings import Settings
+from turbo_backend.stages.loading import load_vae_decoder
+from turbo_backend.stages.vae_decoder import DecodedChunk, DecodeRequest
+
+NO_FRAMES = np.empty((0, 0, 0, 3), np.uint8)
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self._stage = load_vae_decoder(Settings.from_environment())
+        self._queue = queue.SimpleQueue()
+        self._worker = threading.Thread(target=self._decode_forever, name="vae-decoder")
+        self._worker.start()
+
+    def execute(self, requests):
+        waiting = []
+        for request in requests:
+            sender, request_id = request.get_response_sender(), request.request_id()
+            try:
+                latents = triton.read_tensor(request, "LATENTS")
+                has_latents = latents.shape[1] > 0
+                sender.send(self._pass_progress_through(request), flags=0 if has_latents else triton.FINAL)
+                if has_latents:
+                    waiting.append((sender, request_id, self._read(request, latents)))
+            except Exception as error:
+                response = triton.error_response(as_turbo_error(error, "vae_decoder"), request_id)
+                sender.send(response, flags=triton.FINAL)
+        if waiting:
+            self._queue.put(waiting)
+
+    def finalize(self):
+        self._queue.put(None)
+        self._worker.join()
+
+    def _pass_progress_through(self, request):
+        preview_latents = triton.read_tensor(request, "PREVIEW_LATENTS")
+        preview = self._stage.preview(preview_latents) if preview_latents.shape[1] else b""
+        step, count = (triton.read_scalar(request, name) for name in ("STEP", "STEP_COUNT"))
+        return _respond("denoiser", step, count, preview=preview)
+
+    def _read(self, request, latents):
+        report = json.loads(triton.read_scalar(request, "DENOISER_REPORT"))
+        return DecodeRequest(
+            latents=latents.clone(),  # the request's memory ends with execute
+            report={"request_id": request.request_id(), **report},
+            delivery=make_delivery(triton.read_parameters(request)),
+        )
+
+    def _decode_forever(self):
+        while (batch := self._queue.get()) is not None:
+            senders, ids, requests = zip(*batch, strict=True)
+            for index, update in self._stage.decode(requests):
+                if isinstance(update, TurboError):
+                    senders[index].send(triton.error_response(update, ids[index]), flags=triton.FINAL)
+                elif isinstance(update, DecodedChunk):
+                    senders[index].send(_respond("vae_decoder", update.step, update.step_count))
+                else:
+                    done = _respond(
+                        "done",
+                        update.step_count,
+                        update.step_count,
+                        video=update.mp4,
+                        frames=update.frames,
+                        report=json.dumps(update.report, ensure_ascii=False),
+                    )
+                    senders[index].send(done, flags=triton.FINAL)
+
+
+def _respond(stage, step, step_count, *, preview=b"", video=b"", frames=NO_FRAMES, report=""):
+    return triton.response(
+        triton.write_bytes("STAGE", stage),
+        triton.write_integer("STEP", step),
+        triton.write_integer("STEP_COUNT", step_count),
+        triton.write_bytes("PREVIEW", preview),
+        triton.write_bytes("VIDEO", video),
+        triton.write_array("FRAMES", frames),
+        triton.write_bytes("REPORT", report),
+    )

@@ -1,0 +1,88 @@
+"""`config.pbtxt` is the contract: the adapters, the ensemble, the parameters and the SDK all agree with it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+REPOSITORY = Path(__file__).parents[2] / "model_repository"
+MODELS = sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt"))
+NET_MODELS = [name for name in MODELS if (REPOSITORY / name / "1" / "model.py").exists()]
+
+
+def read_config(name: str) -> model_config_pb2.ModelConfig:
+    return text_format.Parse((REPOSITORY / name / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+
+
+def string_constants(name: str) -> set[str]:
+    tree = ast.parse((REPOSITORY / name / "1" / "model.py").read_text())
+    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def test_repository_holds_the_documented_models() -> None:
+    assert {"text_encoder", "denoiser", "vae_decoder", "text_to_video"} <= set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_config_parses_and_names_its_folder(name: str) -> None:
+    config = read_config(name)
+    assert config.name == name
+    assert config.max_batch_size >= 1
+    for tensor in (*config.input, *config.output):
+        assert re.fullmatch(r"[A-Z][A-Z_]*", tensor.name), f"{tensor.name} is not UPPER_SNAKE"
+
+
+@pytest.mark.parametrize("name", NET_MODELS)
+def test_network_models_batch_dynamically(name: str) -> None:
+    assert read_config(name).HasField("dynamic_batching")
+
+
+@pytest.mark.parametrize("name", NET_MODELS)
+def test_adapter_names_every_tensor_of_its_config_and_no_other(name: str) -> None:
+    config = read_config(name)
+    wired = {tensor.name for tensor in (*config.input, *config.output)}
+    named = {text for text in string_constants(name) if re.fullmatch(r"[A-Z][A-Z_]+", text)}
+    assert named == wired
+
+
+@pytest.mark.parametrize("name", NET_MODELS)
+def test_adapter_is_thin(name: str) -> None:
+    lines = (REPOSITORY / name / "1" / "model.py").read_text().splitlines()
+    assert len(lines) <= 120
+
+
+def test_ensemble_tensors_match_those_of_its_steps() -> None:
+    ensemble = read_config("text_to_video")
+    types = {tensor.name: (tensor.data_type, list(tensor.dims)) for tensor in ensemble.input}
+    optional = {tensor.name for tensor in ensemble.input if tensor.optional}
+    for step in ensemble.ensemble_scheduling.step:
+        model = read_config(step.model_name)
+        inputs = {tensor.name: tensor for tensor in model.input}
+        outputs = {tensor.name: tensor for tensor in model.output}
+        assert set(step.input_map) == set(inputs)
+        assert set(step.output_map) == set(outputs)
+        for name, value in step.input_map.items():
+            assert types[value] == (inputs[name].data_type, list(inputs[name].dims)), f"{step.model_name}.{name}"
+            assert inputs[name].optional == (value in optional), f"{step.model_name}.{name}"
+        for name, value in step.output_map.items():
+            assert value not in types, f"{value} is written twice"
+            types[value] = (outputs[name].data_type, list(outputs[name].dims))
+    for tensor in ensemble.output:
+        assert types[tensor.name] == (tensor.data_type, list(tensor.dims))
+
+
+def test_every_optional_input_is_a_parameter_the_server_checks() -> None:
+    from turbo_backend.config import MODELS as SERVED
+    from turbo_backend.errors import InvalidArgument
+    from turbo_backend.parameters import make_parameters
+
+    for tensor in read_config("text_to_video").input:
+        if tensor.optional:
+            with pytest.raises(InvalidArgument) as caught:
+                make_parameters(SERVED["tiny"], {tensor.name: object()}, seed=1)
+            assert caught.value.field == tensor.name
