@@ -1,0 +1,337 @@
+"""A tritonserver process: started, waited for, stopped, and nothing of it left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from turbo_backend.errors import Misconfigured
+from turbo_backend.server import supervisor
+from turbo_backend.server.backend_directory import (
+    assemble_backend_directory,
+    check_installation,
+    server_environment,
+)
+from turbo_backend.server.binary import TritonInstallation, find_triton
+from turbo_backend.server.ports import choose_ports, is_free
+
+logger = logging.getLogger(__name__)
+
+#: Shared memory of each model process, in bytes, really taken from /dev/shm: at first, and whenever more is needed.
+#: Latents of 720p x 81 frames are 19 MB in fp32 and the text embeddings of a prompt at most 8 MB, so one step of
+#: growth holds any tensor but raw frames.
+SHM_DEFAULT_BYTES = 8 << 20
+SHM_GROWTH_BYTES = 32 << 20
+
+#: Options that this class sets, and what to use instead.
+_OWN_OPTIONS = {
+    "model-repository": "--model-repository of turbodiffusion-server",
+    "model-store": "--model-repository of turbodiffusion-server",
+    "backend-directory": "the one beside --tritonserver",
+    "http-address": "--host",
+    "grpc-address": "--host",
+    "metrics-address": "--host",
+    "http-port": "--http-port of turbodiffusion-server, before `--`",
+    "grpc-port": "--grpc-port of turbodiffusion-server, before `--`",
+    "metrics-port": "--metrics-port of turbodiffusion-server, before `--`",
+    "allow-http": "nothing: readiness is asked for over HTTP",
+    "exit-timeout-secs": "--exit-timeout",
+    "log-verbose": "--log-verbose of turbodiffusion-server, before `--`",
+}
+_START_ATTEMPTS = 5
+_TAIL_LINES = 40
+
+
+class TritonServer:
+    """One tritonserver on one model repository; a context manager that starts and stops it.
+
+        with TritonServer(repository, environment={"TURBO_MODEL": "tiny"}) as server:
+            client = InferenceServerClient(server.grpc_url)
+
+    Args:
+        model_repository: folder of models.
+        installation: which tritonserver; found by `find_triton` when absent.
+        host: address to listen on; loopback unless chosen otherwise.
+        http_port, grpc_port, metrics_port: 0 takes a free port.
+        environment: variables added to this process's own.
+        options: more options of tritonserver, as `--name=value` or `--name`, `value`.
+        log_path: file for all that the server and its models print; standard error when absent.
+        log_verbose: Triton's log level.
+        ready_timeout: seconds in which every model must be loaded and warm.
+        exit_timeout: seconds that requests in flight may hold up a stop.
+
+    Attributes:
+        grpc_url, http_url, metrics_url: where it listens; gRPC as `host:port`, the others with scheme.
+        pid: of tritonserver itself.
+        log_path: as given.
+    """
+
+    def __init__(
+        self,
+        model_repository: Path,
+        *,
+        installation: TritonInstallation | None = None,
+        host: str = "127.0.0.1",
+        http_port: int = 0,
+        grpc_port: int = 0,
+        metrics_port: int = 0,
+        environment: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
+        log_path: Path | None = None,
+        log_verbose: int = 0,
+        ready_timeout: float = 600.0,
+        exit_timeout: float = 30.0,
+    ) -> None:
+        _check_options(options)
+        self.model_repository = Path(model_repository).resolve()
+        self.host = host
+        self.log_path = log_path
+        self.pid: int | None = None
+        self._installation = installation
+        self._requested_ports = (http_port, grpc_port, metrics_port)
+        self._ports: tuple[int, ...] = self._requested_ports
+        self._environment = dict(environment or {})
+        self._options = list(options)
+        self._log_verbose = log_verbose
+        self._ready_timeout = ready_timeout
+        self._exit_timeout = exit_timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._folder: Path | None = None
+        self._server_id = ""
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{_address(self.host, self._ports[0])}"
+
+    @property
+    def grpc_url(self) -> str:
+        return _address(self.host, self._ports[1])
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{_address(self.host, self._ports[2])}/metrics"
+
+    @property
+    def shm_prefix(self) -> str:
+        """What the names of this server's files in /dev/shm begin with."""
+        return f"{self._server_id}_"
+
+    def __enter__(self) -> TritonServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts the server and returns when every model is ready.
+
+        Raises:
+            Misconfigured: it cannot be started, ended by itself, or was not ready in time; with the log's end
+                where the log is a file. Nothing is left running.
+        """
+        if self._process is not None:
+            raise RuntimeError("this server has been started already")
+        installation = self._installation or find_triton()
+        check_installation(installation)
+        deadline = time.monotonic() + self._ready_timeout
+        for attempt in range(_START_ATTEMPTS):
+            self._ports = choose_ports(self.host, self._requested_ports)
+            try:
+                self._launch(installation)
+                if self._wait_ready(deadline):
+                    return
+            except BaseException:
+                self.stop(0)
+                raise
+            code = self._process.returncode if self._process is not None else None
+            lost = [port for port in self._ports if not is_free(self.host, port)]
+            self.stop(0)
+            if lost and 0 in self._requested_ports and attempt + 1 < _START_ATTEMPTS:
+                logger.warning("port %s was taken by another process; starting anew", ", ".join(map(str, lost)))
+                continue
+            raise Misconfigured(f"tritonserver ended with status {code} before it was ready{self._log_tail()}")
+
+    def poll(self) -> int | None:
+        """The server's exit status, or None while it runs; 128 + N when signal N ended it."""
+        return self._process.poll() if self._process is not None else None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits until the server has ended and everything of it is gone; returns its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs after `timeout` seconds.
+        """
+        if self._process is None:
+            raise RuntimeError("this server has not been started")
+        return self._process.wait(timeout)
+
+    def stop(self, timeout: float | None = None) -> int | None:
+        """Stops the server: no new requests, those in flight may finish, then it is killed.
+
+        Args:
+            timeout: seconds until SIGKILL; `exit_timeout` and time for unloading when absent.
+
+        Returns:
+            Its exit status: 0 when it stopped by itself, 137 when it was killed; None if it never ran.
+        """
+        process = self._process
+        if process is None:
+            return None
+        seconds = self._exit_timeout + 15.0 if timeout is None else timeout
+        self.request_stop(seconds)
+        code = process.wait()
+        if code == 137 and seconds > 0:
+            logger.warning("tritonserver did not stop within %.0f s and was killed", seconds)
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        # The supervisor has done this already, unless it was killed itself.
+        supervisor.remove_shared_memory(self.shm_prefix)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._process = None
+        self.pid = None
+        return code
+
+    def request_stop(self, timeout: float) -> None:
+        """Tells the server to stop and returns at once; it is killed after `timeout` seconds."""
+        if self._control is not None:
+            with contextlib.suppress(OSError):  # it has ended already
+                self._control.sendall(f"stop {timeout}\n".encode("ascii"))
+
+    def _launch(self, installation: TritonInstallation) -> None:
+        self._server_id = f"turbo-{os.getpid()}-{secrets.token_hex(4)}"
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{self._server_id}-"))
+        backends = assemble_backend_directory(installation, self._folder)
+        environment = server_environment(installation, self._folder, {**os.environ, **self._environment})
+        ours, theirs = socket.socketpair()
+        arguments = [
+            sys.executable, "-I", "-S", supervisor.__file__,
+            str(theirs.fileno()), str(self._exit_timeout + 15.0), self.shm_prefix, str(self._folder),
+            str(installation.binary), *self._server_options(backends),
+        ]  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(theirs)
+            log: int | object = sys.stderr.fileno() if self.log_path is None else None
+            if self.log_path is not None:
+                self.log_path.parent.mkdir(parents=True, exist_ok=True)
+                log = stack.enter_context(self.log_path.open("ab"))
+            self._process = subprocess.Popen(  # noqa: S603  (our own supervisor with checked options)
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,  # type: ignore[arg-type]
+                stderr=log,  # type: ignore[arg-type]
+                env=environment,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        self._control = ours
+        first_line = ours.makefile("rb").readline()
+        if not first_line:
+            raise Misconfigured(f"tritonserver could not be started{self._log_tail()}")
+        self.pid = int(first_line)
+
+    def _server_options(self, backends: Path) -> list[str]:
+        http_port, grpc_port, metrics_port = self._ports
+        options = [
+            f"--model-repository={self.model_repository}",
+            f"--backend-directory={backends}",
+            f"--http-address={self.host}",
+            f"--grpc-address={self.host}",
+            f"--metrics-address={self.host}",
+            f"--http-port={http_port}",
+            f"--grpc-port={grpc_port}",
+            f"--metrics-port={metrics_port}",
+            f"--exit-timeout-secs={round(self._exit_timeout)}",
+            # Completing a configuration starts each Python model once more, only to ask it; ours are complete.
+            "--disable-auto-complete-config",
+            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            f"--backend-config=python,shm-default-byte-size={SHM_DEFAULT_BYTES}",
+            f"--backend-config=python,shm-growth-byte-size={SHM_GROWTH_BYTES}",
+        ]
+        if not _names_option(self._options, "id"):
+            options.append(f"--id={self._server_id}")
+        if self._log_verbose:
+            options.append(f"--log-verbose={self._log_verbose}")
+        return options + self._options
+
+    def _wait_ready(self, deadline: float) -> bool:
+        """True when every model is ready, False when the server ended first.
+
+        Raises:
+            Misconfigured: neither happened before `deadline`.
+        """
+        pause = 0.02
+        while self.poll() is None:
+            if self._is_ready():
+                return True
+            if time.monotonic() >= deadline:
+                raise Misconfigured(f"tritonserver was not ready within {self._ready_timeout:.0f} s{self._log_tail()}")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.2)
+        return False
+
+    def _is_ready(self) -> bool:
+        status, _ = self._get("/v2/health/ready")
+        if status != 200:
+            return False
+        # Another Triton may have taken the port before this one could: ask for the name.
+        status, body = self._get("/v2")
+        return status != 200 or _names_option(self._options, "id") or json.loads(body)["name"] == self._server_id
+
+    def _get(self, path: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection(_reachable(self.host), self._ports[0], timeout=5.0)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read()
+        except (OSError, http.client.HTTPException):
+            return 0, b""
+        finally:
+            connection.close()
+
+    def _log_tail(self) -> str:
+        if self.log_path is None or not self.log_path.exists():
+            return ""
+        with self.log_path.open(encoding="utf-8", errors="replace") as file:
+            lines = deque(file, maxlen=_TAIL_LINES)
+        return f"; the end of {self.log_path}:\n{''.join(lines)}"
+
+
+def _check_options(options: Sequence[str]) -> None:
+    for option in options:
+        name = option.removeprefix("--").partition("=")[0]
+        if option.startswith("--") and name in _OWN_OPTIONS:
+            raise Misconfigured(f"--{name} is set by turbodiffusion-server; use {_OWN_OPTIONS[name]}")
+
+
+def _names_option(options: Sequence[str], name: str) -> bool:
+    return any(option == f"--{name}" or option.startswith(f"--{name}=") for option in options)
+
+
+def _address(host: str, port: int) -> str:
+    reachable = _reachable(host)
+    return f"[{reachable}]:{port}" if ":" in reachable else f"{reachable}:{port}"
+
+
+def _reachable(host: str) -> str:
+    """Where a server that listens on `host` is reached from this machine."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  (compared, not bound)

@@ -1,0 +1,166 @@
+"""Runs tritonserver as a child that cannot outlive its launcher, however the launcher ends.
+
+Run by path as `python -I -S supervisor.py SOCKET GRACE SHM_PREFIX FOLDER COMMAND...` (standard library alone, some
+20 ms), in a session of its own. SOCKET is one end of a socket pair whose other end the launcher holds. This process
+
+- writes the server's process id to the socket as one line;
+- stops the server when it reads `stop SECONDS` or the socket closes (the launcher died) or on SIGTERM: SIGTERM first,
+  SIGKILL to the whole process group when SECONDS (at first: GRACE) are over;
+- waits for all that the server leaves behind (it is their reaper), then removes the shared memory files that begin
+  with SHM_PREFIX, and FOLDER;
+- exits with the server's exit status, or 128 + N when signal N ended it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108  (where POSIX puts it, not a temporary file of ours)
+#: Python models notice within a third of a second that their server is gone.
+_STUB_GRACE_SECONDS = 3.0
+
+
+def main(arguments: list[str]) -> int:
+    control = socket.socket(fileno=int(arguments[0]))
+    grace = float(arguments[1])
+    shm_prefix, folder, command = arguments[2], arguments[3], arguments[4:]
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    wakeup = _wake_on(signal.SIGCHLD, signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    server = _spawn(command, control, libc.prctl)
+    with contextlib.suppress(OSError):  # the launcher is gone already; the closed socket is seen below
+        control.sendall(f"{server}\n".encode("ascii"))
+    status = _supervise(server, control, wakeup, grace)
+    _reap_the_rest(server)
+    remove_shared_memory(shm_prefix)
+    shutil.rmtree(folder, ignore_errors=True)
+    return status
+
+
+def remove_shared_memory(prefix: str) -> None:
+    """Removes the shared memory files whose names begin with `prefix`."""
+    for name in os.listdir(_SHARED_MEMORY):
+        if name.startswith(prefix):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(_SHARED_MEMORY, name))
+
+
+def _spawn(command: list[str], control: socket.socket, prctl: Callable[..., int]) -> int:
+    """Starts the server as leader of a process group, to be killed should this process be killed."""
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    try:
+        control.close()
+        os.setsid()
+        for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # those this process or Python ignores
+            signal.signal(number, signal.SIG_DFL)
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() == parent:
+            os.execv(command[0], command)  # noqa: S606  (the launcher's own command line, no shell wanted)
+    except OSError as error:
+        os.write(2, f"cannot start {command[0]}: {error.strerror}\n".encode())
+    os._exit(127)
+
+
+def _supervise(server: int, control: socket.socket, wakeup: int, grace: float) -> int:
+    """Waits for the server's end and brings it about when told to; returns its exit status."""
+    deadline: float | None = None
+    watched: list[int | socket.socket] = [control, wakeup]
+    while True:
+        status = _reap(server)
+        if status is not None:
+            return status
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        readable, _, _ = select.select(watched, [], [], timeout)
+        if deadline is not None and time.monotonic() >= deadline:
+            _kill_group(server)
+            deadline = None
+            continue
+        seconds: float | None = None
+        if wakeup in readable and signal.SIGTERM in os.read(wakeup, 512):
+            seconds = grace
+        if control in readable:
+            try:
+                message = control.recv(512)
+            except OSError:
+                message = b""
+            if not message:
+                watched.remove(control)
+                seconds = grace
+            else:
+                seconds = float(message.decode("ascii").splitlines()[-1].removeprefix("stop "))
+        if seconds is not None:
+            if deadline is None:
+                os.kill(server, signal.SIGTERM)
+            deadline = time.monotonic() + seconds
+
+
+def _reap(server: int) -> int | None:
+    """Collects children that ended; the server's exit status if it is among them."""
+    found: int | None = None
+    while True:
+        try:
+            child, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return found
+        if child == 0:
+            return found
+        if child == server:
+            code = os.waitstatus_to_exitcode(status)
+            found = code if code >= 0 else 128 - code
+
+
+def _reap_the_rest(server: int) -> None:
+    """Waits for the model processes, which were reparented to this one, and kills those that stay."""
+    deadline = time.monotonic() + _STUB_GRACE_SECONDS
+    while _children():
+        _reap(server)
+        if time.monotonic() >= deadline:
+            _kill_group(server)
+            for child in _children():  # whatever moved itself to a group of its own
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _children() -> list[int]:
+    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def _kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _wake_on(*signals: signal.Signals) -> int:
+    """A descriptor that becomes readable when one of the signals arrives, and then yields its number as a byte."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def ignore(number: int, frame: FrameType | None) -> None:
+        """Set so that the signal is delivered at all; the descriptor carries it."""
+
+    for number in signals:
+        signal.signal(number, ignore)
+    return reading
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
