@@ -1,0 +1,238 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from turbo_client._errors import (
+    RpcStatus,
+    TurboDiffusionError,
+    UnavailableError,
+    UnreachableError,
+    error_from_status,
+)
+from turbo_client._generation import Generation, Progress
+from turbo_client._protocol import (
+    ModelReadyRequest,
+    RepositoryIndexRequest,
+    ServerLiveRequest,
+    ServerMetadataRequest,
+    ServerReadyRequest,
+    Stub,
+)
+from turbo_client._requests import GenerationRequest
+from turbo_client._session import Session, takes
+from turbo_client._status import ServerStatus
+from turbo_client._video import Video
+
+_POLL_SECONDS = 0.25
+
+
+class AsyncClient(Session):
+    __doc__ = Session.__doc__
+    _opened: Any = None
+    _channel: Any = None
+
+    @takes(GenerationRequest)
+    async def generate(self, request: GenerationRequest) -> Video:
+        """Generates a video and waits for it. Parameters are those of `GenerationRequest`.
+
+        Raises:
+            TurboDiffusionError: see the tree in `turbo_client._errors`.
+        """
+        async with AsyncVideoStream(self, self._generation(request)) as stream:
+            return await stream.result()
+
+    @takes(GenerationRequest)
+    def stream(self, request: GenerationRequest) -> AsyncVideoStream:
+        """Generates a video and tells how far it is. Parameters are those of `GenerationRequest`."""
+        return AsyncVideoStream(self, self._generation(request))
+
+    async def status(self) -> ServerStatus:
+        """Asks the server for its health and its models."""
+        return ServerStatus.of(
+            await self._call("ServerLive", ServerLiveRequest()),
+            await self._call("ServerReady", ServerReadyRequest()),
+            await self._call("ServerMetadata", ServerMetadataRequest()),
+            await self._call("RepositoryIndex", RepositoryIndexRequest()),
+        )
+
+    async def wait_ready(self, timeout: float = 60.0) -> None:
+        """Waits until the client's model serves.
+
+        Raises:
+            DeadlineExceededError: it did not within `timeout` seconds; the message says what was seen last.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                if (await self._call("ModelReady", ModelReadyRequest(name=self.model))).ready:
+                    return
+                reason = f"model {self.model} is not ready"
+            except (UnreachableError, UnavailableError, TimeoutError) as error:
+                reason = str(error)
+            if time.monotonic() + _POLL_SECONDS > deadline:
+                raise self._never_ready(timeout, reason)
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def close(self) -> None:
+        """Closes the connection; requests still running are cancelled."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def _stub(self) -> Any:
+        self._refuse_if_closed()
+        if self._opened is None:
+            # Opened at the first call, not in __init__: the channel belongs to the event loop it is made in.
+            self._channel = self._connection.open(grpc.aio)
+            self._opened = Stub(self._channel)
+        return self._opened
+
+    async def _call(self, method: str, request: Any) -> Any:
+        try:
+            return await getattr(self._stub, method)(
+                request, timeout=self.timeout.status, metadata=self._connection.metadata
+            )
+        except grpc.RpcError as failure:
+            error = error_from_status(RpcStatus.of(failure))
+        raise await self._located(error)
+
+    async def _located(self, error: TurboDiffusionError) -> TurboDiffusionError:
+        """Tells a server that answers UNAVAILABLE from one that cannot be reached, which gRPC reports alike: asks
+        whether it is live."""
+        if isinstance(error, UnavailableError):
+            try:
+                await self._stub.ServerLive(
+                    ServerLiveRequest(), timeout=self.timeout.status, metadata=self._connection.metadata
+                )
+            except grpc.RpcError as failure:
+                if RpcStatus.of(failure).code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    return self._unreachable(error)
+        return error
+
+
+class AsyncVideoStream:
+    """A running generation: an async context manager, and an async iterator of `Progress`.
+
+        async with client.stream("a red fox") as stream:
+            async for progress in stream:
+                print(progress.stage, progress.step)
+            video = await stream.result()
+
+    The request is sent on entering, or by the first progress asked for. Leaving the block early cancels it.
+    """
+
+    def __init__(self, client: AsyncClient, generation: Generation) -> None:
+        self._client = client
+        self._generation = generation
+        self._call: Any = None
+        self._error: TurboDiffusionError | None = None
+        self._ended = False
+        self._cancelled = asyncio.Event()
+
+    @property
+    def request_id(self) -> str:
+        """The request's id, as logs and errors name it."""
+        return self._generation.request_id
+
+    async def __aenter__(self) -> AsyncVideoStream:
+        self._start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._ended:
+            self.cancel()
+
+    def __aiter__(self) -> AsyncIterator[Progress]:
+        return self
+
+    async def __anext__(self) -> Progress:
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                raise StopAsyncIteration
+            try:
+                progress = await self._receive()
+            except TurboDiffusionError as error:
+                self._error, self._ended = error, True
+                if self._call is not None:
+                    self._call.cancel()
+                raise
+            if progress is not None:
+                return progress
+
+    async def result(self) -> Video:
+        """Waits for the end and returns the video.
+
+        Raises:
+            TurboDiffusionError: the generation failed or was cancelled.
+        """
+        async for _ in self:
+            pass
+        return self._generation.result()
+
+    def cancel(self) -> None:
+        """Gives the request up; another task may call this too. Whoever waits on it gets a CancelledError."""
+        self._cancelled.set()
+        if self._call is not None:
+            self._call.cancel()
+
+    def _start(self) -> None:
+        if self._call is None and not self._ended:
+            self._call = self._client._stub.ModelStreamInfer(
+                iter((self._generation.message,)),
+                timeout=self._generation.begin_attempt(),
+                metadata=self._client._connection.metadata,
+            )
+            if self._cancelled.is_set():  # between two attempts
+                self._call.cancel()
+
+    async def _receive(self) -> Progress | None:
+        self._start()
+        try:
+            message = await self._call.read()
+            if message is grpc.aio.EOF:
+                self._ended = True
+                return None
+            return self._generation.receive(message)
+        except asyncio.CancelledError:
+            # grpc.aio raises this both for a cancelled call and for a cancelled task; the latter must go on.
+            if not self._cancelled.is_set():
+                raise
+            outcome: float | TurboDiffusionError | None = self._generation.cancelled()
+        except grpc.RpcError as failure:
+            outcome = self._generation.fail(RpcStatus.of(failure))
+        if outcome is None:
+            self._ended = True
+        elif self._cancelled.is_set():
+            raise self._generation.cancelled()
+        elif isinstance(outcome, float):
+            self._call = None
+            try:
+                await asyncio.wait_for(self._cancelled.wait(), outcome)
+            except asyncio.TimeoutError:
+                return None
+            raise self._generation.cancelled()
+        else:
+            raise await self._client._located(outcome)
+        return None

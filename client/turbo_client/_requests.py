@@ -1,0 +1,186 @@
+"""A generation request as Python values, and as bytes on the wire."""
+
+from __future__ import annotations
+
+import operator
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, fields
+from numbers import Real
+from types import MappingProxyType
+from typing import Any
+
+from turbo_client._protocol import InferRequest
+
+#: Wire type of each input tensor; its name is the field's in upper case. A field that is None is not sent.
+INPUTS: Mapping[str, str] = MappingProxyType(
+    {
+        "prompt": "BYTES",
+        "seed": "INT64",
+        "num_steps": "INT32",
+        "num_frames": "INT32",
+        "resolution": "BYTES",
+        "aspect_ratio": "BYTES",
+        "sigma_max": "FP64",
+        "attention_type": "BYTES",
+        "sla_topk": "FP64",
+        "ode": "BOOL",
+    }
+)
+
+#: Request parameters that concern delivery only, and the `InferParameter` field each travels in.
+PARAMETERS: Mapping[str, str] = MappingProxyType(
+    {"container": "string_param", "fps": "int64_param", "preview": "bool_param", "priority": "uint64_param"}
+)
+
+#: Wire type of every field, tensors and the rest alike, by which its value is checked.
+_TYPES: Mapping[str, str] = {
+    **INPUTS,
+    "container": "BYTES",
+    "fps": "INT64",
+    "preview": "BOOL",
+    "priority": "UINT64",
+    "model": "BYTES",
+    "request_id": "BYTES",
+    "timeout": "FP64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What to generate and how to deliver it.
+
+    Only what could not be sent at all is refused here; ranges are the server's to check, so that they are written
+    down once.
+
+    Attributes:
+        prompt: what the video shows, in English or Chinese.
+        seed: 0 draws one; the seed used is in the report.
+        num_steps: denoising steps, 1 to 4.
+        num_frames: frames, 4k + 1; None for the model's default.
+        resolution: such as "480p"; None for the model's default.
+        aspect_ratio: "16:9", "9:16", "4:3", "3:4" or "1:1".
+        sigma_max: highest noise level; None for the model's default.
+        attention_type: "sagesla", "sla" or "original".
+        sla_topk: share of key blocks that sparse attention keeps, over 0 to 1.
+        ode: deterministic sampling instead of fresh noise at each step.
+        container: "mp4", or "raw" for uint8 frames.
+        fps: frames a second of the MP4.
+        preview: whether each step's progress carries a small JPEG.
+        priority: Triton's scheduling priority; None for the model's default.
+        model: ensemble to call; None for the client's.
+        request_id: name of this request in logs and errors; None draws one.
+        timeout: seconds for the whole generation; None for the client's limit, `math.inf` for none.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value that its wire type cannot hold.
+    """
+
+    prompt: str
+    _: KW_ONLY
+    seed: int = 0
+    num_steps: int = 4
+    num_frames: int | None = None
+    resolution: str | None = None
+    aspect_ratio: str = "16:9"
+    sigma_max: float | None = None
+    attention_type: str = "sagesla"
+    sla_topk: float = 0.1
+    ode: bool = False
+    container: str = "mp4"
+    fps: int = 16
+    preview: bool = False
+    priority: int | None = None
+    model: str | None = None
+    request_id: str | None = None
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is None and item.default is None:
+                continue
+            # numpy scalars become Python's, so that equal requests compare and encode alike.
+            object.__setattr__(self, item.name, _CHECKS[_TYPES[item.name]](item.name, value))
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"timeout = {self.timeout!r}: must be over 0 seconds")
+
+    def encode(self, *, model: str, request_id: str) -> Any:
+        """The request as a `ModelInferRequest`; every tensor is [1, 1], a batch of one."""
+        message = InferRequest(model_name=model, id=request_id)
+        for name, datatype in INPUTS.items():
+            value = getattr(self, name)
+            if value is not None:
+                message.inputs.add(name=name.upper(), datatype=datatype, shape=[1, 1])
+                message.raw_input_contents.append(_ENCODERS[datatype](value))
+        for name, kind in PARAMETERS.items():
+            value = getattr(self, name)
+            if value is not None:
+                setattr(message.parameters[name], kind, value)
+        # The ensemble's end is then always said, even when its last response carried the video already.
+        message.parameters["triton_enable_empty_final_response"].bool_param = True
+        return message
+
+
+def _integer(bits: int, *, signed: bool) -> Callable[[str, Any], int]:
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool):
+            raise TypeError(f"{name} = {value!r}: must be an integer")
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} = {value!r}: must be an integer") from None
+        if not low <= number <= high:
+            raise ValueError(f"{name} = {number}: does not fit into {bits} bits")
+        return number
+
+    return check
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} = {value!r}: must be a number")
+    return float(value)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+        raise TypeError(f"{name} = {value!r}: must be True or False")
+    return bool(value)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} = {value!r}: must be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: holds characters that are not valid Unicode (lone surrogates)") from None
+    return value
+
+
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    "BYTES": _text,
+    "INT32": _integer(32, signed=True),
+    "INT64": _integer(64, signed=True),
+    "UINT64": _integer(64, signed=False),
+    "FP64": _real,
+    "BOOL": _boolean,
+}
+
+
+def _encode_text(value: str) -> bytes:
+    content = value.encode()
+    return struct.pack("<I", len(content)) + content
+
+
+_ENCODERS: Mapping[str, Callable[[Any], bytes]] = {
+    "BYTES": _encode_text,
+    "INT32": struct.Struct("<i").pack,
+    "INT64": struct.Struct("<q").pack,
+    "FP64": struct.Struct("<d").pack,
+    "BOOL": struct.Struct("<?").pack,
+}

@@ -1,0 +1,106 @@
+"""What the sync and the asyncio client have in common: their settings, and their methods' parameters."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Concatenate, ParamSpec, TypeVar
+
+from turbo_client._connection import ChannelOption, Connection
+from turbo_client._errors import DeadlineExceededError, UnavailableError, UnreachableError
+from turbo_client._generation import Generation
+from turbo_client._requests import GenerationRequest
+from turbo_client._settings import TLS, RetryPolicy, Timeout
+
+_P = ParamSpec("_P")
+_Self = TypeVar("_Self")
+_Request = TypeVar("_Request")
+_Result = TypeVar("_Result")
+
+
+def takes(
+    make: Callable[_P, _Request],
+) -> Callable[[Callable[[_Self, _Request], _Result]], Callable[Concatenate[_Self, _P], _Result]]:
+    """Gives a method that takes a request object the parameters of that object's constructor.
+
+    So the parameters of `generate` and `stream`, sync and asyncio, are written down in one place.
+    """
+
+    def decorate(method: Callable[[_Self, _Request], _Result]) -> Callable[Concatenate[_Self, _P], _Result]:
+        @functools.wraps(method)
+        def call(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _Result:
+            return method(self, make(*args, **kwargs))
+
+        own, made = inspect.signature(method), inspect.signature(make)
+        this = next(iter(own.parameters.values()))
+        call.__signature__ = made.replace(  # type: ignore[attr-defined]
+            parameters=[this, *made.parameters.values()], return_annotation=own.return_annotation
+        )
+        return call
+
+    return decorate
+
+
+class Session:
+    """Settings of a client of one server.
+
+    Args:
+        url: HOST:PORT of the server's gRPC port.
+        model: ensemble that requests go to unless they name another.
+        timeout: a `Timeout`, or seconds for a whole generation; None for no limit on generations.
+        tls: TLS settings; None for plaintext.
+        api_key: sent with every call.
+        api_key_header: header that carries it; under "authorization" it is a Bearer token.
+        retries: when to send a request again.
+        max_message_bytes: limit of one message; None for gRPC's own limit of 2 GB.
+        channel_options: further gRPC channel arguments, which win over the client's own.
+
+    Raises:
+        ValueError: a setting that cannot work.
+        OSError: a PEM file cannot be read.
+    """
+
+    def __init__(
+        self,
+        url: str = "127.0.0.1:8001",
+        *,
+        model: str = "text_to_video",
+        timeout: Timeout | float | None = Timeout(),  # noqa: B008 - frozen
+        tls: TLS | None = None,
+        api_key: str | None = None,
+        api_key_header: str = "authorization",
+        retries: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+        max_message_bytes: int | None = None,
+        channel_options: Sequence[ChannelOption] = (),
+    ) -> None:
+        self.url = url
+        self.model = model
+        self.timeout = Timeout.of(timeout)
+        self.retries = retries
+        self._connection = Connection.to(
+            url,
+            tls=tls,
+            timeout=self.timeout,
+            api_key=api_key,
+            api_key_header=api_key_header,
+            max_message_bytes=max_message_bytes,
+            channel_options=channel_options,
+        )
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r}, model={self.model!r})"
+
+    def _generation(self, request: GenerationRequest) -> Generation:
+        return Generation(request, model=self.model, timeout=self.timeout.total, retries=self.retries)
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError("this client is closed")
+
+    def _unreachable(self, error: UnavailableError) -> UnreachableError:
+        return UnreachableError(f"cannot reach {self.url}: {error.message}", request_id=error.request_id)
+
+    def _never_ready(self, timeout: float, reason: str) -> DeadlineExceededError:
+        return DeadlineExceededError(f"{self.url} was not ready within {timeout:g} s: {reason}")
