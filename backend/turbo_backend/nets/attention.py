@@ -1,0 +1,210 @@
+"""Self- and cross-attention of the Wan transformer, and the text context that cross-attention reads.
+
+Shapes: B batch, L tokens, H heads, D channels of a head, M = H * D channels of the model, S text rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from turbo_backend.config import DiTConfig
+from turbo_backend.errors import InvalidArgument
+from turbo_backend.quantization import apply_linear
+from turbo_kernels import dense_attention, rms_norm_rope, sla_attention
+
+ATTENTION_TYPES = ("original", "sla", "sagesla")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSettings:
+    """How self-attention is computed.
+
+    Attributes:
+        attention_type: `original` (dense), `sla` or `sagesla` (sparse plus linear; the latter with 8-bit products).
+        sla_topk: share of key blocks in the sparse branch, in (0, 1]; `original` does not use it.
+        provider: implementation, as in turbo_kernels: `reference`, `triton`, or `spargeattn` (`sagesla` only).
+    """
+
+    attention_type: str
+    sla_topk: float = 0.1
+    provider: str
+
+    def __post_init__(self) -> None:
+        if self.attention_type not in ATTENTION_TYPES:
+            raise InvalidArgument("ATTENTION_TYPE", self.attention_type, f"one of {', '.join(ATTENTION_TYPES)}")
+        if not 0 < self.sla_topk <= 1:
+            raise InvalidArgument("SLA_TOPK", self.sla_topk, "over 0, at most 1")
+        if self.provider == "spargeattn" and self.attention_type != "sagesla":
+            raise InvalidArgument("attention provider", self.provider, "reference or triton unless sagesla")
+
+    @property
+    def op_provider(self) -> str:
+        """Provider of everything but self-attention; SpargeAttn brings attention alone."""
+        return "triton" if self.provider == "spargeattn" else self.provider
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleContext:
+    """One prompt as the cross-attention of all layers reads it.
+
+    Attributes:
+        keys, values: [num_layers, S, H, D].
+        num_padding: how many equal padding rows the last row stands for; 0 if the prompt fills the text length.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    num_padding: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextContext:
+    """The prompts of a batch, each of its own length, made once and read at every step."""
+
+    samples: tuple[SampleContext, ...]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def split(self) -> list[TextContext]:
+        """One context a sample."""
+        return [TextContext((sample,)) for sample in self.samples]
+
+    @staticmethod
+    def cat(contexts: Sequence[TextContext]) -> TextContext:
+        """The batch of all their samples, in order."""
+        return TextContext(tuple(chain.from_iterable(context.samples for context in contexts)))
+
+
+class RMSNormWeight(nn.Module):
+    """Weight [M] of an RMSNorm over all heads together; the norm itself is fused with the rotation."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class _LocalAttention(nn.Module):
+    """The linear branch's output projection, [D, D], shared by all heads (SLA paper)."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.proj_l = nn.Linear(head_dim, head_dim)
+
+
+class _AttentionOp(nn.Module):
+    """A level of upstream's module tree; holds nothing of its own."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.local_attn = _LocalAttention(head_dim)
+
+
+class _Attention(nn.Module):
+    """The projections that self- and cross-attention have in common."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.eps = config.eps
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = RMSNormWeight(config.dim)
+        self.norm_k = RMSNormWeight(config.dim)
+
+    def _norm_rope(
+        self, x_BLM: torch.Tensor, norm: RMSNormWeight, rope: torch.Tensor | None, provider: str
+    ) -> torch.Tensor:
+        return rms_norm_rope(x_BLM, norm.weight, rope, num_heads=self.num_heads, eps=self.eps, provider=provider)
+
+    def _split_heads(self, x_BLM: torch.Tensor) -> torch.Tensor:
+        return x_BLM.unflatten(-1, (self.num_heads, -1))
+
+
+class SelfAttention(_Attention):
+    """q, k, v of the video tokens; RMSNorm and RoPE on q and k; attention of the chosen type; output projection."""
+
+    def __init__(self, config: DiTConfig, *, sla: bool) -> None:
+        super().__init__(config)
+        self.attn_op = _AttentionOp(config.head_dim) if sla else None
+
+    def project_qkv(self, x_BLM: torch.Tensor, *, provider: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v as [B, L, M], of any strides with the last dimension contiguous."""
+        q, k, v = (apply_linear(linear, x_BLM, provider=provider) for linear in (self.q, self.k, self.v))
+        return q, k, v
+
+    def forward(self, x_BLM: torch.Tensor, rope: torch.Tensor, attention: AttentionSettings) -> torch.Tensor:
+        provider = attention.op_provider
+        q_BLM, k_BLM, v_BLM = self.project_qkv(x_BLM, provider=provider)
+        q_BLHD = self._norm_rope(q_BLM, self.norm_q, rope, provider)
+        k_BLHD = self._norm_rope(k_BLM, self.norm_k, rope, provider)
+        v_BLHD = self._split_heads(v_BLM)
+        if attention.attention_type == "original":
+            out_BLHD = dense_attention(q_BLHD, k_BLHD, v_BLHD, provider=provider)
+        elif self.attn_op is None:
+            raise InvalidArgument("ATTENTION_TYPE", attention.attention_type, "original: this network has no proj_l")
+        else:
+            proj_l = self.attn_op.local_attn.proj_l
+            out_BLHD = sla_attention(
+                q_BLHD,
+                k_BLHD,
+                v_BLHD,
+                proj_l.weight,
+                proj_l.bias,
+                attention_type=attention.attention_type,
+                topk=attention.sla_topk,
+                provider=attention.provider,
+            )
+        return apply_linear(self.o, out_BLHD.flatten(-2), provider=provider)
+
+
+class CrossAttention(_Attention):
+    """Video tokens read the text; RMSNorm on q and k, no RoPE, dense."""
+
+    def project_context(self, context_SM: torch.Tensor, *, provider: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [S, H, D] of one prompt's embedded text [S, M]."""
+        context_BSM = context_SM[None]
+        k_BSM = apply_linear(self.k, context_BSM, provider=provider)
+        k_BSHD = self._norm_rope(k_BSM, self.norm_k, None, provider)
+        v_BSHD = self._split_heads(apply_linear(self.v, context_BSM, provider=provider))
+        return k_BSHD[0], v_BSHD[0]
+
+    def forward(self, x_BLM: torch.Tensor, context: TextContext, layer: int, *, provider: str) -> torch.Tensor:
+        q_BLM = apply_linear(self.q, x_BLM, provider=provider)
+        q_BLHD = self._norm_rope(q_BLM, self.norm_q, None, provider)
+        # Sample by sample: prompts differ in length, and a sample's result must not depend on its neighbours.
+        out_BLHD = torch.cat(
+            [
+                attend_to_text(q_BLHD[i : i + 1], sample.keys[layer], sample.values[layer], sample.num_padding)
+                for i, sample in enumerate(context.samples)
+            ]
+        )
+        return apply_linear(self.o, out_BLHD.flatten(-2), provider=provider)
+
+
+def attend_to_text(
+    q_BLHD: torch.Tensor, keys_SHD: torch.Tensor, values_SHD: torch.Tensor, num_padding: int
+) -> torch.Tensor:
+    """Dense attention to one prompt whose padding rows are collapsed into the last key.
+
+    n equal keys with equal values weigh n exp(s) = exp(s + ln n) together: one key with ln n added to its
+    logit is the same, exactly.
+    """
+    q_BHLD = q_BLHD.transpose(1, 2)
+    k_BHSD = keys_SHD.transpose(0, 1)[None]
+    v_BHSD = values_SHD.transpose(0, 1)[None]
+    bias = None
+    if num_padding > 1:
+        bias = q_BLHD.new_zeros(1, 1, 1, keys_SHD.shape[0])
+        bias[..., -1] = math.log(num_padding)
+        bias = bias.expand(1, 1, q_BHLD.shape[2], -1)
+    return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, attn_mask=bias).transpose(1, 2)

@@ -1,0 +1,278 @@
+"""The Wan diffusion transformer (Wan2.1 T2V, Wan2.2 I2V), with upstream TurboDiffusion's module names.
+
+Shapes: B batch, L tokens, H heads, D channels of a head, M channels of the model, S text rows; T, h, w latent
+frames, height, width; C latent channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from turbo_backend.config import DiTConfig
+from turbo_backend.errors import InvalidArgument
+from turbo_backend.nets.attention import AttentionSettings, CrossAttention, SampleContext, SelfAttention, TextContext
+from turbo_backend.nets.rope import rope_table
+from turbo_backend.quantization import apply_linear
+from turbo_kernels import default_provider, gate_residual, layer_norm_modulate
+
+#: Parts of a key that mark tensors to keep in float32 whatever the network's dtype: the time path and the head are
+#: computed in float32, norms apply their weights in float32, and int8 scales are float32 by format.
+KEEP_FP32 = ("time_embedding.", "time_projection.", "modulation", "head.", "norm_q.", "norm_k.", "norm3.", ".scale")
+
+
+class AffineNorm(nn.Module):
+    """Weight and bias [M] of a LayerNorm that is computed by a fused kernel."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+
+class Block(nn.Module):
+    """One transformer block.
+
+    x += gate1 * SelfAttn(LN(x) (1 + scale1) + shift1)
+    x += CrossAttn(LN_affine(x), text)
+    x += gate2 * FFN(LN(x) (1 + scale2) + shift2),      FFN = Linear, GELU(tanh), Linear
+    """
+
+    def __init__(self, config: DiTConfig, *, sla: bool) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
+        self.self_attn = SelfAttention(config, sla=sla)
+        self.cross_attn = CrossAttention(config)
+        self.norm3 = AffineNorm(config.dim)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+
+    def forward(
+        self,
+        x_BLM: torch.Tensor,
+        modulation_6BM: torch.Tensor,
+        context: TextContext,
+        layer: int,
+        rope: torch.Tensor,
+        attention: AttentionSettings,
+    ) -> torch.Tensor:
+        """x in the network's dtype; modulation float32: shift1, scale1, gate1, shift2, scale2, gate2."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation_6BM.unbind(0)
+        eps, provider = self.eps, attention.op_provider
+        h = layer_norm_modulate(x_BLM, scale_BD=scale1, shift_BD=shift1, eps=eps, provider=provider)
+        x_BLM = gate_residual(x_BLM, self.self_attn(h, rope, attention), gate1, provider=provider)
+        norm3 = self.norm3
+        h = layer_norm_modulate(
+            x_BLM, weight=norm3.weight, bias=norm3.bias, scale_BD=None, shift_BD=None, eps=eps, provider=provider
+        )
+        x_BLM = x_BLM + self.cross_attn(h, context, layer, provider=provider)
+        h = layer_norm_modulate(x_BLM, scale_BD=scale2, shift_BD=shift2, eps=eps, provider=provider)
+        return gate_residual(x_BLM, self._feed_forward(h, provider), gate2, provider=provider)
+
+    def _feed_forward(self, x_BLM: torch.Tensor, provider: str) -> torch.Tensor:
+        up, gelu, down = self.ffn
+        return apply_linear(down, gelu(apply_linear(up, x_BLM, provider=provider)), provider=provider)
+
+
+class Head(nn.Module):
+    """Linear(LN(x) (1 + scale) + shift) in float32, to one patch a token."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
+        self.head = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
+
+    def forward(self, x_BLM: torch.Tensor, time_BM: torch.Tensor, *, provider: str) -> torch.Tensor:
+        shift, scale = (self.modulation.float() + time_BM[:, None]).unbind(1)
+        h = layer_norm_modulate(x_BLM.float(), scale_BD=scale, shift_BD=shift, eps=self.eps, provider=provider)
+        return _linear_fp32(self.head, h)
+
+
+class WanDiT(nn.Module):
+    """Velocity v(x_t, t, text) of the rectified flow.
+
+    State-dict keys equal those of the published checkpoints. The network is for inference: nothing requires
+    gradients. It can be built on the `meta` device and have its weights assigned. The residual stream has the
+    dtype of the patch embedding's weight; tensors named by `KEEP_FP32` may stay in float32.
+
+    A sample's result is the same, bit for bit, alone or in any batch on the CPU.
+
+    Args:
+        sla: whether the linear branch's projections (`proj_l`) exist, as in every turbo checkpoint. A base Wan
+            checkpoint has none and runs with attention type `original` alone.
+    """
+
+    def __init__(self, config: DiTConfig, *, sla: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Linear(config.in_channels * math.prod(config.patch_size), dim)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config, sla=sla) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.requires_grad_(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    @torch.no_grad()
+    def prepare_context(
+        self, text_embeddings_BSC: torch.Tensor, text_lengths: Sequence[int], *, provider: str | None = None
+    ) -> TextContext:
+        """Embeds prompts and projects every layer's cross-attention keys and values, once for all steps.
+
+        Wan pads text with zero rows to `text_len`, and the padding is attended to. All padding rows become the same
+        key and value, so one row stands for them (see `attention.attend_to_text`).
+
+        Args:
+            text_embeddings_BSC: UMT5 output, S >= max(text_lengths); rows past a length are not read.
+            text_lengths: valid rows of each prompt, 0 to text_len.
+            provider: of the int8 linears and norms; by default the device's.
+
+        Raises:
+            InvalidArgument: shapes or lengths that do not fit.
+        """
+        config = self.config
+        if text_embeddings_BSC.ndim != 3 or text_embeddings_BSC.shape[2] != config.text_dim:
+            shape = tuple(text_embeddings_BSC.shape)
+            raise InvalidArgument("text_embeddings", shape, f"of shape [B, S, {config.text_dim}]")
+        batch_size, num_rows, _ = text_embeddings_BSC.shape
+        longest = min(num_rows, config.text_len)
+        if len(text_lengths) != batch_size or not all(0 <= length <= longest for length in text_lengths):
+            fits = f"{batch_size} lengths of 0 to {longest}"
+            raise InvalidArgument("text_lengths", list(text_lengths), fits)
+        provider = provider or default_provider(self.device)
+        text_embeddings_BSC = text_embeddings_BSC.to(device=self.device, dtype=self.dtype)
+        return TextContext(
+            tuple(
+                self._prepare_sample(text_embeddings_BSC[i, :length], provider) for i, length in enumerate(text_lengths)
+            )
+        )
+
+    def _prepare_sample(self, text_SC: torch.Tensor, provider: str) -> SampleContext:
+        num_padding = self.config.text_len - text_SC.shape[0]
+        if num_padding:
+            text_SC = F.pad(text_SC, (0, 0, 0, 1))
+        embedded_SM = self.text_embedding(text_SC)
+        num_layers, num_heads, head_dim = self.config.num_layers, self.config.num_heads, self.config.head_dim
+        keys = embedded_SM.new_empty(num_layers, embedded_SM.shape[0], num_heads, head_dim)
+        values = torch.empty_like(keys)
+        for layer, block in enumerate(self._typed_blocks()):
+            keys[layer], values[layer] = block.cross_attn.project_context(embedded_SM, provider=provider)
+        return SampleContext(keys=keys, values=values, num_padding=num_padding)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: TextContext,
+        *,
+        attention: AttentionSettings,
+        rope: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One evaluation.
+
+        Args:
+            latents: [B, in_channels, T, h, w], any float dtype, h and w even; image conditioning is already
+                concatenated on channels.
+            timesteps: [B] float64 or float32, 1000 t as `sampler.RCMSchedule.network_timesteps` gives it.
+            context: from `prepare_context`, of the same B.
+            rope: table of `rope.rope_table`; looked up by default.
+
+        Returns:
+            float32 [B, out_channels, T, h, w].
+
+        Raises:
+            InvalidArgument: shapes that do not fit.
+        """
+        config = self.config
+        grid = self._check_inputs(latents, timesteps, context)
+        provider = attention.op_provider
+        if rope is None:
+            rope = rope_table(grid, config.head_dim, self.device)
+
+        time_BM, modulation = self._embed_time(timesteps)
+        x_BLM = self.patch_embedding(patchify(latents.to(self.dtype), config.patch_size))
+        for layer, block in enumerate(self._typed_blocks()):
+            x_BLM = block(x_BLM, modulation[layer], context, layer, rope, attention)
+        out_BLP = self.head(x_BLM, time_BM, provider=provider)
+        return unpatchify(out_BLP, grid, config.patch_size)
+
+    def _check_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, context: TextContext
+    ) -> tuple[int, int, int]:
+        """The patch grid (T, h, w)."""
+        config = self.config
+        shape = tuple(latents.shape)
+        p_t, p_h, p_w = config.patch_size
+        if len(shape) != 5 or shape[1] != config.in_channels or shape[2] % p_t or shape[3] % p_h or shape[4] % p_w:
+            fits = f"of shape [B, {config.in_channels}, T, h, w] in whole patches of {config.patch_size}"
+            raise InvalidArgument("latents", shape, fits)
+        if tuple(timesteps.shape) != shape[:1]:
+            raise InvalidArgument("timesteps", tuple(timesteps.shape), f"of shape [{shape[0]}]")
+        if len(context) != shape[0]:
+            raise InvalidArgument("context", len(context), f"of {shape[0]} samples")
+        return shape[2] // p_t, shape[3] // p_h, shape[4] // p_w
+
+    def _embed_time(self, timesteps_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 time embedding [B, M], and all layers' modulations [num_layers, 6, B, M]."""
+        first, _, second = self.time_embedding
+        _, projection = self.time_projection
+        embeddings, projections = [], []
+        # Sample by sample: a product with one row takes another path on the CPU than one with several.
+        for sinusoid_1F in sinusoidal_embedding(timesteps_B, self.config.freq_dim).to(self.device).split(1):
+            time_1M = _linear_fp32(second, F.silu(_linear_fp32(first, sinusoid_1F)))
+            embeddings.append(time_1M)
+            projections.append(_linear_fp32(projection, F.silu(time_1M)))
+        time_6BM = torch.cat(projections).unflatten(1, (6, -1)).transpose(0, 1)
+        table = torch.stack([block.modulation[0] for block in self._typed_blocks()]).float()
+        return torch.cat(embeddings), table[:, :, None] + time_6BM
+
+    def _typed_blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+
+def sinusoidal_embedding(timesteps_B: torch.Tensor, dim: int) -> torch.Tensor:
+    """[cos(t f), sin(t f)] with f_i = 10000^(-2i / dim), computed in float64, returned as float32 [B, dim]."""
+    exponents = torch.arange(dim // 2, dtype=torch.float64, device=timesteps_B.device) * (-2.0 / dim)
+    angles = timesteps_B.double()[:, None] * 10000.0**exponents
+    return torch.cat((angles.cos(), angles.sin()), dim=1).float()
+
+
+def patchify(x: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
+    """[B, C, T, h, w] to tokens [B, L, C p_t p_h p_w]: tokens by (t, h, w), features by (c, p_t, p_h, p_w)."""
+    B, C, T, h, w = x.shape
+    p_t, p_h, p_w = patch_size
+    x = x.reshape(B, C, T // p_t, p_t, h // p_h, p_h, w // p_w, p_w)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+
+
+def unpatchify(x_BLP: torch.Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]) -> torch.Tensor:
+    """Tokens back to [B, C, T, h, w]; here, unlike `patchify`, features come by (p_t, p_h, p_w, c)."""
+    (T, h, w), (p_t, p_h, p_w) = grid, patch_size
+    x = x_BLP.reshape(x_BLP.shape[0], T, h, w, p_t, p_h, p_w, -1)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _linear_fp32(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """x W^T + b in float32 whatever the dtype of the weights."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"expected a linear, not {type(linear).__name__}")
+    return F.linear(x, linear.weight.float(), linear.bias.float())
