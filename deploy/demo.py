@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from turbo_backend.server.launcher import TritonServer
 
+from turbo_backend.server.process import TritonServer
+from turbo_backend.server.repository import find_model_repository
 from turbo_client import Client
 
 PROMPT = "A red cat walks to the left across a sunny meadow, soft morning light, 电影感"
@@ -24,7 +25,7 @@ def main() -> None:
     output.mkdir(exist_ok=True)
     started = time.perf_counter()
     console.print("Starting Triton Inference Server with the embedded tiny model ...")
-    with TritonServer() as server, Client(server.grpc_url) as client:
+    with TritonServer(find_model_repository()) as server, Client(server.grpc_url) as client:
         ready = time.perf_counter() - started
         console.print(f"Ready after {ready:.1f} s at grpc://{server.grpc_url}")
         console.print(f"Prompt: {PROMPT}")

@@ -21,7 +21,7 @@ from turbo_backend.settings import Settings
 from turbo_client import Client, InvalidArgumentError, read_manifest
 
 if TYPE_CHECKING:
-    from turbo_backend.server.launcher import TritonServer
+    from turbo_backend.server.process import TritonServer
 
 pytestmark = pytest.mark.server
 

@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from turbo_client import Client
 
 if TYPE_CHECKING:
-    from turbo_backend.server.launcher import TritonServer
+    from turbo_backend.server.process import TritonServer
 
 pytestmark = pytest.mark.server
 

@@ -1,0 +1,78 @@
+"""MP4 in memory: decodable, index first, deterministic, with its manifest."""
+
+from __future__ import annotations
+
+import io
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from turbo_backend.errors import TurboError
+from turbo_backend.video import MP4Encoder, encode_jpeg, to_uint8
+
+
+def make_frames(num_frames: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """A square that moves over a gradient."""
+    frames = np.empty((num_frames, height, width, 3), np.uint8)
+    frames[:] = np.linspace(30, 220, width).astype(np.uint8)[:, None]
+    for index in range(num_frames):
+        frames[index, 8:24, index : index + 16] = (220, 30, 40)
+    return frames
+
+
+def encode(frames: np.ndarray, *, chunk: int, comment: str = "{}", fps: int = 16) -> bytes:
+    num_frames, height, width, _ = frames.shape
+    encoder = MP4Encoder(width=width, height=height, fps=fps, num_frames=num_frames, comment=comment)
+    for first in range(0, num_frames, chunk):
+        encoder.add(frames[first : first + chunk])
+    return encoder.finish()
+
+
+@pytest.mark.parametrize(("num_frames", "fps"), [(1, 16), (5, 1), (33, 24)])
+def test_every_frame_comes_back_in_its_colours(num_frames: int, fps: int) -> None:
+    frames = make_frames(num_frames)
+    with av.open(io.BytesIO(encode(frames, chunk=4, fps=fps))) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == fps
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    assert len(decoded) == num_frames
+    errors = [np.abs(a.astype(int) - b).mean() for a, b in zip(frames, decoded, strict=True)]
+    assert max(errors) < 6
+
+
+def test_index_lies_before_the_frames_even_with_a_long_comment() -> None:
+    comment = "永" * 20_000
+    mp4 = encode(make_frames(81), chunk=4, comment=comment)
+    assert 0 < mp4.index(b"moov") < mp4.index(b"mdat")
+    with av.open(io.BytesIO(mp4)) as container:
+        assert container.metadata["comment"] == comment
+
+
+def test_chunks_do_not_change_the_bytes() -> None:
+    frames = make_frames(17)
+    assert encode(frames, chunk=1) == encode(frames, chunk=4) == encode(frames, chunk=17)
+
+
+def test_encoder_failure_is_told() -> None:
+    encoder = MP4Encoder(width=64, height=48, fps=16, num_frames=2, comment="")
+    encoder.add(np.zeros((2, 48, 64, 7), np.uint8))
+    with pytest.raises(TurboError, match="MP4 encoding failed"):
+        encoder.finish()
+
+
+def test_abandoned_encoder_ends_its_thread() -> None:
+    encoder = MP4Encoder(width=64, height=48, fps=16, num_frames=2, comment="")
+    encoder.abandon()
+    assert not encoder._thread.is_alive()
+
+
+def test_to_uint8_clamps_and_rounds_half_up() -> None:
+    values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0, 1 / 255])
+    frames = values.view(1, 1, 1, 1, -1).expand(1, 3, 1, 1, -1)
+    assert to_uint8(frames)[0, 0, 0, :, 0].tolist() == [0, 0, 128, 255, 255, 128]
+
+
+def test_jpeg_begins_like_one() -> None:
+    assert encode_jpeg(make_frames(1)[0]).startswith(b"\xff\xd8\xff")
