@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
+
 from turbo_backend.config import MODELS, VAEConfig
 from turbo_backend.errors import InvalidArgument
 from turbo_backend.nets.vae import WanVAE
@@ -28,12 +29,12 @@ def vae() -> WanVAE:
 
 @pytest.fixture(scope="module")
 def latents() -> Tensor:
-    return torch.randn(2, 16, 6, 4, 6, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, 16, 4, 4, 6, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
 def video() -> Tensor:
-    return torch.rand(2, 3, 13, 32, 48, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    return torch.rand(2, 3, 9, 32, 48, generator=torch.Generator().manual_seed(2)) * 2 - 1
 
 
 def diffusers_name(name: str) -> str:
@@ -102,7 +103,7 @@ def test_published_parameters() -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("num_latents", [1, 2, 6])
+@pytest.mark.parametrize("num_latents", [1, 4])
 def test_decode_against_diffusers(vae: WanVAE, oracle: AutoencoderKLWan, latents: Tensor, num_latents: int) -> None:
     latents = latents[:, :, :num_latents]
     mean = torch.tensor(CONFIG.latents_mean).view(1, 16, 1, 1, 1)
@@ -117,7 +118,7 @@ def test_decode_against_diffusers(vae: WanVAE, oracle: AutoencoderKLWan, latents
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("num_frames", [1, 5, 13])
+@pytest.mark.parametrize("num_frames", [1, 9])
 def test_encode_against_diffusers(vae: WanVAE, oracle: AutoencoderKLWan, video: Tensor, num_frames: int) -> None:
     video = video[:, :, :num_frames]
     mean = torch.tensor(CONFIG.latents_mean).view(1, 16, 1, 1, 1)
@@ -131,14 +132,14 @@ def test_encode_against_diffusers(vae: WanVAE, oracle: AutoencoderKLWan, video: 
 
 def test_streaming_is_the_whole_decode(vae: WanVAE, latents: Tensor) -> None:
     chunks = list(vae.decode_chunks(latents))
-    assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4, 4, 4, 4]
+    assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4, 4]
     assert torch.equal(torch.cat(chunks, dim=2), vae.decode(latents))
 
 
-@pytest.mark.parametrize("chunk_latents", [2, 3, 8])
+@pytest.mark.parametrize("chunk_latents", [2, 8])
 def test_larger_chunks_agree(vae: WanVAE, latents: Tensor, chunk_latents: int) -> None:
     chunks = list(vae.decode_chunks(latents, chunk_latents=chunk_latents))
-    sizes = {2: [1, 8, 8, 4], 3: [1, 12, 8], 8: [1, 20]}
+    sizes = {2: [1, 8, 4], 8: [1, 12]}
     assert [chunk.shape[2] for chunk in chunks] == sizes[chunk_latents]
     whole = torch.cat(chunks, dim=2)
     assert torch.equal(whole, vae.decode(latents, chunk_latents=chunk_latents))
@@ -147,7 +148,7 @@ def test_larger_chunks_agree(vae: WanVAE, latents: Tensor, chunk_latents: int) -
 
 def test_a_prefix_decodes_to_the_same_frames(vae: WanVAE, latents: Tensor) -> None:
     whole = vae.decode(latents)
-    for num_latents in (1, 2, 4):
+    for num_latents in (1, 3):
         num_frames = 4 * num_latents - 3
         assert torch.equal(vae.decode(latents[:, :, :num_latents]), whole[:, :, :num_frames])
 
@@ -162,12 +163,12 @@ def test_interleaved_decodes_do_not_meet(vae: WanVAE, latents: Tensor) -> None:
 # 33 x 5 and 3 x 7 latent pixels leave vector tails in every elementwise loop.
 @pytest.mark.parametrize("size", [(4, 6), (3, 7), (1, 1), (33, 5)])
 def test_samples_do_not_depend_on_their_batch(vae: WanVAE, size: tuple[int, int]) -> None:
-    latents = torch.randn(3, 16, 2, *size, generator=torch.Generator().manual_seed(3))
+    latents = torch.randn(2, 16, 2, *size, generator=torch.Generator().manual_seed(3))
     batched = vae.decode(latents)
-    for i_sample in range(3):
+    for i_sample in range(2):
         assert torch.equal(vae.decode(latents[i_sample : i_sample + 1])[0], batched[i_sample])
     encoded = vae.encode(batched)
-    for i_sample in range(3):
+    for i_sample in range(2):
         assert torch.equal(vae.encode(batched[i_sample : i_sample + 1])[0], encoded[i_sample])
 
 
@@ -200,7 +201,7 @@ def test_bfloat16_weights(vae: WanVAE, latents: Tensor) -> None:
 
 
 def test_refusals(vae: WanVAE, latents: Tensor, video: Tensor) -> None:
-    with pytest.raises(InvalidArgument, match=r"latents = \(2, 15, 6, 4, 6\): must be \[B, 16, T, h, w\]"):
+    with pytest.raises(InvalidArgument, match=r"latents = \(2, 15, 4, 4, 6\): must be \[B, 16, T, h, w\]"):
         vae.decode(latents[:, 1:])
     with pytest.raises(InvalidArgument, match="latents"):
         vae.decode(latents[0])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from turbo_backend.config import VAEConfig
 from turbo_backend.nets.vae_layers import (
     CausalConv3d,
-    FrameConv,
+    Convolution,
     FrameHistory,
     Head,
     MiddleBlocks,
@@ -17,7 +17,7 @@ from turbo_backend.nets.vae_layers import (
 )
 
 
-class TimeDownsample(FrameConv):
+class TimeDownsample(Convolution):
     """Halves the frames: a (3, 1, 1) convolution of time stride 2 over the last frame seen and the new ones.
 
     The first frame of a video passes unchanged and becomes the last frame seen.
@@ -26,7 +26,7 @@ class TimeDownsample(FrameConv):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, (3, 1, 1))
 
-    def forward(self, x_THWC: Tensor, history: FrameHistory) -> Tensor:  # type: ignore[override]
+    def forward(self, x_THWC: Tensor, history: FrameHistory) -> Tensor:
         if not history.has_started(self):
             history.keep(self, x_THWC)
             return x_THWC
@@ -36,19 +36,28 @@ class TimeDownsample(FrameConv):
         return convolve(window_THWC, self.weight, self.bias, padding=self.padding, time_stride=2)
 
 
+class SpaceDownsample(Convolution):
+    """Halves height and width: a 3x3 convolution of stride 2, with a line of zeros to the right and below."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, (3, 3))
+
+    def forward(self, x_THWC: Tensor) -> Tensor:
+        padded_THWC = F.pad(x_THWC, (0, 0, 0, 1, 0, 1))
+        return convolve(padded_THWC, self.weight, self.bias, padding=(0, 0), stride=2)
+
+
 class Downsample(nn.Module):
-    """Halves height and width (3x3, stride 2, zeros to the right and below), a temporal one then the frames."""
+    """Halves height and width, a temporal one then also the frames."""
 
     def __init__(self, channels: int, *, temporal: bool) -> None:
         super().__init__()
         # 0 is the padding, without parameters.
-        self.resample = nn.ModuleDict({"1": FrameConv(channels, channels, (3, 3))})
+        self.resample = nn.ModuleDict({"1": SpaceDownsample(channels)})
         self.time_conv = TimeDownsample(channels) if temporal else None
 
     def forward(self, x_THWC: Tensor, history: FrameHistory) -> Tensor:
-        conv = self.resample["1"]
-        padded_THWC = F.pad(x_THWC, (0, 0, 0, 1, 0, 1))
-        y_THWC = convolve(padded_THWC, conv.weight, conv.bias, padding=(0, 0), stride=2)
+        y_THWC: Tensor = self.resample["1"](x_THWC)
         return y_THWC if self.time_conv is None else self.time_conv(y_THWC, history)
 
 

@@ -71,7 +71,7 @@ def convolve(
             out_TCHW = F.conv2d(seen, tap, bias, stride=stride, padding=padding)
         else:
             out_TCHW += F.conv2d(seen, tap, stride=stride, padding=padding)
-    assert out_TCHW is not None  # noqa: S101 - a kernel has at least one tap
+    assert out_TCHW is not None
     return out_TCHW.permute(0, 2, 3, 1)
 
 
@@ -160,8 +160,8 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(shape))
 
 
-class FrameConv(nn.Module):
-    """A convolution of each frame alone: kernel (kh, kw), or (1, kh, kw) where it is published with a time axis."""
+class Convolution(nn.Module):
+    """Weight and bias of a convolution in the published shape; kernel (kt, kh, kw) or (kh, kw)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...]) -> None:
         super().__init__()
@@ -172,22 +172,22 @@ class FrameConv(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
         self.padding = (kernel[-2] // 2, kernel[-1] // 2)
 
+
+class FrameConv(Convolution):
+    """A convolution of each frame alone, kernel (kh, kw) or (1, kh, kw), that keeps height and width."""
+
     def forward(self, x_THWC: Tensor) -> Tensor:
         return convolve(x_THWC, self.weight, self.bias, padding=self.padding)
 
 
-class CausalConv3d(FrameConv):
-    """A convolution over space and the present and past frames, with what comes before it.
-
-    Args:
-        kernel: (kt, kh, kw); the kernel sees frames t - kt + 1 .. t.
-    """
+class CausalConv3d(Convolution):
+    """A convolution over space and time that sees frames t - kt + 1 .. t; optionally with the norm before it."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> None:
         super().__init__(in_channels, out_channels, kernel)
         self.depth = kernel[0] - 1
 
-    def forward(self, x_THWC: Tensor, history: FrameHistory, norm: RMSNorm | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x_THWC: Tensor, history: FrameHistory, norm: RMSNorm | None = None) -> Tensor:
         """Convolves silu(norm(x)), or x itself without a norm; [T, H, W, C_in] to [T, H, W, C_out]."""
         window_THWC = history.open_window(self, x_THWC, self.depth)
         new_THWC = window_THWC[-x_THWC.shape[0] :]
