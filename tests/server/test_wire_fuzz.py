@@ -89,7 +89,7 @@ parameters = st.dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(tensors=fuzzed_tensors(), extra=parameters)
 def test_any_request_is_answered_or_explained(
     triton: TritonServer, tensors: list[tuple[str, str, list[int], bytes]], extra: dict[str, object]
