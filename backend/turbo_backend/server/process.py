@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from turbo_backend.errors import Misconfigured
 from turbo_backend.server import supervisor
@@ -28,6 +28,7 @@ from turbo_backend.server.backend_directory import (
 )
 from turbo_backend.server.binary import TritonInstallation, find_triton
 from turbo_backend.server.ports import choose_ports, is_free
+from turbo_backend.server.repository import find_model_repository
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ _OWN_OPTIONS = {
     "log-verbose": "--log-verbose of turbodiffusion-server, before `--`",
 }
 _START_ATTEMPTS = 5
+_TAIL_BYTES = 1 << 16
 _TAIL_LINES = 40
 
 
@@ -63,26 +65,28 @@ class TritonServer:
             client = InferenceServerClient(server.grpc_url)
 
     Args:
-        model_repository: folder of models.
+        model_repository: folder of models; the committed one when absent.
         installation: which tritonserver; found by `find_triton` when absent.
         host: address to listen on; loopback unless chosen otherwise.
         http_port, grpc_port, metrics_port: 0 takes a free port.
         environment: variables added to this process's own.
         options: more options of tritonserver, as `--name=value` or `--name`, `value`.
-        log_path: file for all that the server and its models print; standard error when absent.
+        log_path: file that takes all that the server and its models print; a temporary one, removed at the stop,
+            when absent. Its end is in the message of an error.
+        log_to_stderr: print to standard error instead.
         log_verbose: Triton's log level.
         ready_timeout: seconds in which every model must be loaded and warm.
         exit_timeout: seconds that requests in flight may hold up a stop.
 
     Attributes:
         grpc_url, http_url, metrics_url: where it listens; gRPC as `host:port`, the others with scheme.
-        pid: of tritonserver itself.
-        log_path: as given.
+        pid: of tritonserver itself while it runs.
+        log_path: as given, or where the temporary log is; None with `log_to_stderr`.
     """
 
     def __init__(
         self,
-        model_repository: Path,
+        model_repository: Path | None = None,
         *,
         installation: TritonInstallation | None = None,
         host: str = "127.0.0.1",
@@ -92,15 +96,20 @@ class TritonServer:
         environment: Mapping[str, str] | None = None,
         options: Sequence[str] = (),
         log_path: Path | None = None,
+        log_to_stderr: bool = False,
         log_verbose: int = 0,
         ready_timeout: float = 600.0,
         exit_timeout: float = 30.0,
     ) -> None:
         _check_options(options)
-        self.model_repository = Path(model_repository).resolve()
+        if log_to_stderr and log_path is not None:
+            raise ValueError("log_path and log_to_stderr exclude each other")
+        self.model_repository = find_model_repository(model_repository)
         self.host = host
         self.log_path = log_path
         self.pid: int | None = None
+        self._log_to_stderr = log_to_stderr
+        self._log: IO[bytes] | None = None
         self._installation = installation
         self._requested_ports = (http_port, grpc_port, metrics_port)
         self._ports: tuple[int, ...] = self._requested_ports
@@ -163,11 +172,12 @@ class TritonServer:
                 raise
             code = self._process.returncode if self._process is not None else None
             lost = [port for port in self._ports if not is_free(self.host, port)]
+            tail = self._log_tail()
             self.stop(0)
             if lost and 0 in self._requested_ports and attempt + 1 < _START_ATTEMPTS:
                 logger.warning("port %s was taken by another process; starting anew", ", ".join(map(str, lost)))
                 continue
-            raise Misconfigured(f"tritonserver ended with status {code} before it was ready{self._log_tail()}")
+            raise Misconfigured(f"tritonserver ended with status {code} before it was ready{tail}")
 
     def poll(self) -> int | None:
         """The server's exit status, or None while it runs; 128 + N when signal N ended it."""
@@ -198,6 +208,9 @@ class TritonServer:
         seconds = self._exit_timeout + 15.0 if timeout is None else timeout
         self.request_stop(seconds)
         code = process.wait()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
         if code == 137 and seconds > 0:
             logger.warning("tritonserver did not stop within %.0f s and was killed", seconds)
         if self._control is not None:
@@ -228,17 +241,12 @@ class TritonServer:
             str(theirs.fileno()), str(self._exit_timeout + 15.0), self.shm_prefix, str(self._folder),
             str(installation.binary), *self._server_options(backends),
         ]  # fmt: skip
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(theirs)
-            log: int | object = sys.stderr.fileno() if self.log_path is None else None
-            if self.log_path is not None:
-                self.log_path.parent.mkdir(parents=True, exist_ok=True)
-                log = stack.enter_context(self.log_path.open("ab"))
+        with theirs:
             self._process = subprocess.Popen(  # noqa: S603  (our own supervisor with checked options)
                 arguments,
                 stdin=subprocess.DEVNULL,
-                stdout=log,  # type: ignore[arg-type]
-                stderr=log,  # type: ignore[arg-type]
+                stdout=self._open_log(),
+                stderr=subprocess.STDOUT,
                 env=environment,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
@@ -308,12 +316,26 @@ class TritonServer:
         finally:
             connection.close()
 
+    def _open_log(self) -> int:
+        if self._log_to_stderr:
+            return sys.stderr.fileno()
+        if self.log_path is None:
+            assert self._folder is not None
+            self.log_path = self._folder / "server.log"
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._log = self.log_path.open("a+b")
+        return self._log.fileno()
+
     def _log_tail(self) -> str:
-        if self.log_path is None or not self.log_path.exists():
+        """The log's last lines; read through the open file, because a temporary one is removed with the server."""
+        if self._log is None:
             return ""
-        with self.log_path.open(encoding="utf-8", errors="replace") as file:
-            lines = deque(file, maxlen=_TAIL_LINES)
-        return f"; the end of {self.log_path}:\n{''.join(lines)}"
+        end = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, end - _TAIL_BYTES))
+        lines = self._log.read().decode("utf-8", "replace").splitlines()
+        # Triton's tables of options and models say nothing about what went wrong.
+        lines = [line for line in lines if line.strip() and not line.startswith(("|", "+--"))]
+        return "; the end of its log:\n" + "\n".join(lines[-_TAIL_LINES:])
 
 
 def _check_options(options: Sequence[str]) -> None:
