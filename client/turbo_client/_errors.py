@@ -3,7 +3,7 @@
     TurboDiffusionError
     ├── APIError                     the server answered with a status (`.code`)
     │   ├── InvalidArgumentError     INVALID_ARGUMENT, OUT_OF_RANGE
-    │   ├── NotFoundError            NOT_FOUND
+    │   ├── NotFoundError            NOT_FOUND, or UNKNOWN saying "unknown model"
     │   ├── AlreadyExistsError       ALREADY_EXISTS
     │   ├── UnauthenticatedError     UNAUTHENTICATED
     │   ├── PermissionDeniedError    PERMISSION_DENIED
@@ -23,6 +23,7 @@ A value that cannot be put on the wire at all raises Python's own TypeError or V
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,10 +143,11 @@ STATUS_ERRORS: dict[grpc.StatusCode, type[APIError]] = {
     grpc.StatusCode.UNIMPLEMENTED: UnimplementedError,
 }
 
-#: Triton has fewer statuses than gRPC: what these messages mean stands in their first words.
-PREFIX_ERRORS: tuple[tuple[str, type[APIError]], ...] = (
-    ("[RESOURCE_EXHAUSTED]", ResourceExhaustedError),
-    ("This protocol is restricted", PermissionDeniedError),
+#: Triton's own status says too little for these, so their messages decide, whatever the status.
+MESSAGE_ERRORS: tuple[tuple[re.Pattern[str], type[APIError]], ...] = (
+    (re.compile(r"\[RESOURCE_EXHAUSTED\]"), ResourceExhaustedError),
+    (re.compile(r"Request for unknown model: .* is not found", re.DOTALL), NotFoundError),
+    (re.compile(r"This protocol is restricted"), PermissionDeniedError),
 )
 
 
@@ -168,8 +170,8 @@ def error_from_status(status: RpcStatus, *, request_id: str | None = None) -> Tu
     message = status.details or f"the server answered {status.code.name} without a message"
     if status.code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceededError(message, request_id=request_id)
-    for prefix, kind in PREFIX_ERRORS:
-        if message.startswith(prefix):
+    for pattern, kind in MESSAGE_ERRORS:
+        if pattern.match(message):
             return kind(message, request_id=request_id, code=status.code)
     kind = STATUS_ERRORS.get(status.code, InternalError)
     return kind(message, request_id=request_id, code=status.code)

@@ -44,7 +44,7 @@ class Manifest:
     raw: Mapping[str, Any] = field(repr=False)
 
     def request(self) -> GenerationRequest:
-        """The request that makes the same video.
+        """The request that makes the same video: `client.generate(**manifest.request().arguments())`.
 
         Raises:
             ManifestError: a parameter has a type that cannot be sent.

@@ -106,6 +106,10 @@ class GenerationRequest:
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"timeout = {self.timeout!r}: must be over 0 seconds")
 
+    def arguments(self) -> dict[str, Any]:
+        """The request as arguments of a client's `generate` or `stream`."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
     def encode(self, *, model: str, request_id: str) -> Any:
         """The request as a `ModelInferRequest`; every tensor is [1, 1], a batch of one."""
         message = InferRequest(model_name=model, id=request_id)

@@ -85,7 +85,7 @@ class Video:
             import av
         except ImportError:
             raise MissingExtraError(
-                'decoding MP4 frames needs PyAV: pip install "turbodiffusion-server[frames]"; or ask for container="raw"'
+                'decoding MP4 needs PyAV: pip install "turbodiffusion-server[frames]"; or ask for container="raw"'
             ) from None
         with av.open(io.BytesIO(self.data), "r") as file:
             frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]

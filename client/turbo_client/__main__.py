@@ -1,0 +1,5 @@
+"""`python -m turbo_client` is the `turbodiffusion` command."""
+
+from turbo_client.cli import main
+
+main()
