@@ -1,13 +1,49 @@
-"""One real Triton server for all tests that only call it."""
+"""One real Triton server for all tests that only call it, and small model repositories to try the launcher on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from turbo_backend.server.process import TritonServer
 from turbo_backend.settings import list_variables
+
+#: Models of one fp32 number, by name: code, and whether it answers over the stream alone.
+_MODELS = {
+    # Answers with its input.
+    "echo": (
+        """
+        import triton_python_backend_utils as pb_utils
+
+        class TritonPythonModel:
+            def execute(self, requests):
+                tensors = [pb_utils.get_input_tensor_by_name(request, "X").as_numpy() for request in requests]
+                return [pb_utils.InferenceResponse([pb_utils.Tensor("Y", tensor)]) for tensor in tensors]
+        """,
+        False,
+    ),
+    # Says so in a file `busy`, sleeps as many seconds as its input says, and answers with it.
+    "slow": (
+        """
+        import pathlib, time
+        import triton_python_backend_utils as pb_utils
+
+        class TritonPythonModel:
+            def execute(self, requests):
+                for request in requests:
+                    tensor = pb_utils.get_input_tensor_by_name(request, "X").as_numpy()
+                    pathlib.Path(__file__).with_name("busy").touch()
+                    time.sleep(float(tensor[0]))
+                    response = pb_utils.InferenceResponse([pb_utils.Tensor("Y", tensor)])
+                    request.get_response_sender().send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        """,
+        True,
+    ),
+}
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +58,43 @@ def triton(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     log_path = tmp_path_factory.mktemp("triton") / "server.log"
     with TritonServer(environment=environment, log_path=log_path, ready_timeout=120) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def write_model() -> Callable[..., Path]:
+    """`write_model(repository, name, code=...)` writes one model and returns the repository; see `_MODELS`."""
+
+    def write(repository: Path, name: str, code: str | None = None) -> Path:
+        known_code, decoupled = _MODELS.get(name, ("", False))
+        (repository / name / "1").mkdir(parents=True)
+        (repository / name / "1" / "model.py").write_text(textwrap.dedent(code or known_code))
+        (repository / name / "config.pbtxt").write_text(
+            f"""
+            name: "{name}" backend: "python" max_batch_size: 0
+            input {{ name: "X" data_type: TYPE_FP32 dims: [ 1 ] }}
+            output {{ name: "Y" data_type: TYPE_FP32 dims: [ 1 ] }}
+            model_transaction_policy {{ decoupled: {str(decoupled).lower()} }}
+            instance_group {{ kind: KIND_CPU }}
+            """
+        )
+        return repository
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def leftovers() -> Callable[[str], list[str]]:
+    """`leftovers(shm_prefix)` lists the processes and the shared memory that bear a server's name."""
+
+    def find(prefix: str) -> list[str]:
+        found = [f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if name.startswith(prefix)]  # noqa: S108
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (folder / "cmdline").read_bytes().decode("utf-8", "replace").replace("\0", " ")
+            except (FileNotFoundError, ProcessLookupError):  # it has just ended
+                continue
+            if prefix in command:
+                found.append(command)
+        return found
+
+    return find

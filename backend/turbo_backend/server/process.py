@@ -212,7 +212,7 @@ class TritonServer:
             self._log.close()
             self._log = None
         if code == 137 and seconds > 0:
-            logger.warning("tritonserver did not stop within %.0f s and was killed", seconds)
+            logger.warning("tritonserver did not stop within %.1f s and was killed", seconds)
         if self._control is not None:
             self._control.close()
             self._control = None
