@@ -71,11 +71,16 @@ def _check_directory(path: Path) -> None:
 
 def _explain(error: Exception) -> str:
     """One line for a failed `torch.load`."""
+    # Only these parts of torch's message are shown: the rest advises to load the file with weights_only=False.
     text = str(error)
-    if found := re.search(r"(?:GLOBAL|global:?)\s+`?([\w.]+)`?", text):
+    if found := re.search(r"GLOBAL ([\w.]+)", text):
         return f"refused: the pickle asks for {found[1]}, and only plain tensors are loaded (never code)"
-    first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-    return f"damaged or not a state dict: {first_line[:160]}"
+    if found := re.search(r"WeightsUnpickler error: (.*)", text):
+        text = found[1]
+    elif text.startswith("Weights only load failed"):
+        text = "refused by the restricted unpickler"
+    text = text.strip() or type(error).__name__
+    return f"damaged or not a state dict: {text.splitlines()[0][:160]}"
 
 
 def _unwrap(path: Path, loaded: object) -> tuple[Mapping[object, object], dict[str, str]]:
