@@ -10,12 +10,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from turbo_kernels.block_map import block_map
+from turbo_kernels.block_map import (
+    BlockMap,
+    block_map,
+    num_blocks,
+    num_selected_blocks,
+    pool_blocks_triton,
+    select_blocks,
+)
 from turbo_kernels.checks import check_attention_inputs, check_float
-from turbo_kernels.linear_attention import linear_attention_reference
+from turbo_kernels.linear_attention import linear_attention, linear_attention_reference
 from turbo_kernels.providers import resolve_provider
-from turbo_kernels.sage_attention import sage_attention_reference
-from turbo_kernels.sparse_attention import sparse_attention_reference
+from turbo_kernels.sage_attention import prepare_queries, sage_attention_reference, sage_attention_triton
+from turbo_kernels.spargeattn import sage_attention_spargeattn
+from turbo_kernels.sparse_attention import sparse_attention_reference, sparse_attention_triton
+from turbo_kernels.summary import summarize
 
 SPARSE_TYPES = ("sla", "sagesla")
 
@@ -67,11 +76,48 @@ def sla_attention(
     block_q, block_k = attention_geometry(attention_type, q_BLHD.device)
     available = ("reference", "triton", "spargeattn") if attention_type == "sagesla" else ("reference", "triton")
     provider = resolve_provider(provider, q_BLHD.device, op=f"{attention_type} attention", available=available)
-    selected = block_map(q_BLHD, k_BLHD, block_q=block_q, block_k=block_k, topk=topk, provider=provider)
-    sparse = sage_attention_reference if attention_type == "sagesla" else sparse_attention_reference
+    if provider == "triton":
+        return _sla_triton(q_BLHD, k_BLHD, v_BLHD, proj_weight_DD, proj_bias_D, attention_type, topk)
+    pooled_by = "reference" if provider == "reference" else "triton"
+    selected = block_map(q_BLHD, k_BLHD, block_q=block_q, block_k=block_k, topk=topk, provider=pooled_by)
+    if provider == "spargeattn":
+        sparse = sage_attention_spargeattn(q_BLHD, k_BLHD, v_BLHD, selected)
+        linear = linear_attention(q_BLHD, k_BLHD, v_BLHD, provider="triton")
+        return sparse + F.linear(linear, proj_weight_DD.to(linear.dtype), proj_bias_D.to(linear.dtype))
+    sparse_branch = sage_attention_reference if attention_type == "sagesla" else sparse_attention_reference
     linear = linear_attention_reference(q_BLHD, k_BLHD, v_BLHD)
     projected = torch.stack([F.linear(x, proj_weight_DD.float(), proj_bias_D.float()) for x in linear])
-    return (sparse(q_BLHD, k_BLHD, v_BLHD, selected) + projected).to(q_BLHD.dtype)
+    return (sparse_branch(q_BLHD, k_BLHD, v_BLHD, selected) + projected).to(q_BLHD.dtype)
+
+
+def _sla_triton(
+    q_BLHD: torch.Tensor,
+    k_BLHD: torch.Tensor,
+    v_BLHD: torch.Tensor,
+    proj_weight_DD: torch.Tensor,
+    proj_bias_D: torch.Tensor,
+    attention_type: str,
+    topk: float,
+) -> torch.Tensor:
+    """One pass over k and v, one over q, selection, (quantisation,) then both branches in the attention kernel.
+
+    proj_l goes into the [D, D] summary of the linear branch, since (phi(q) KV / n) W^T = phi(q) (KV W^T) / n.
+    """
+    B, L, H, _ = q_BLHD.shape
+    block_q, block_k = attention_geometry(attention_type, q_BLHD.device)
+    num_selected = num_selected_blocks(topk, num_blocks(L, block_k))
+    shape = (B, H, num_blocks(L, block_q), num_selected)
+    proj_weight_DD = proj_weight_DD.contiguous()
+    summary = summarize(k_BLHD, v_BLHD, block_k=block_k, linear=True, proj_weight_DD=proj_weight_DD)
+    if attention_type == "sagesla":
+        queries = prepare_queries(q_BLHD, block_q)
+        indices = select_blocks(queries.pooled, summary.pooled_k, summary.k_mean, num_selected, shape)
+        selected = BlockMap(indices, block_q, block_k)
+        return sage_attention_triton(q_BLHD, k_BLHD, v_BLHD, selected, queries, summary, proj_bias_D)
+    pooled_q = pool_blocks_triton(q_BLHD, block_q)
+    indices = select_blocks(pooled_q, summary.pooled_k, summary.k_mean, num_selected, shape)
+    selected = BlockMap(indices, block_q, block_k)
+    return sparse_attention_triton(q_BLHD, k_BLHD, v_BLHD, selected, summary, proj_bias_D)
 
 
 def dense_attention(
@@ -79,8 +125,8 @@ def dense_attention(
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v over all keys; returns [B, L, H, D] in q's dtype.
 
-    PyTorch's scaled_dot_product_attention for either provider, a sample at a time: which algorithm it picks, and so
-    the bits of a sample, may depend on the batch size.
+    PyTorch's scaled_dot_product_attention for either provider, called a sample at a time: which algorithm it picks,
+    and so the bits of a sample, may otherwise depend on the batch size.
 
     Raises:
         ValueError: inputs or provider that do not fit.

@@ -8,7 +8,9 @@
     map_i = the n key blocks of largest S_i, ascending     ties go to the lower block
 
 Pooled means and scores stay in fp32 (upstream rounds both to the input dtype, which turns near-ties into ties and
-leaves their order to the device). Source: SLA paper, upstream TurboDiffusion.
+leaves their order to the device). On the GPU a first stage writes all scores and a second one selects, a row a program:
+the n-th largest score by bisection on its bits, then positions by prefix sums, so that no list is built serially.
+Source: SLA paper, upstream TurboDiffusion.
 """
 
 from __future__ import annotations
@@ -17,9 +19,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 from turbo_kernels.checks import check_attention_inputs
-from turbo_kernels.providers import resolve_provider
+from turbo_kernels.providers import device_of, resolve_provider
+
+#: Key blocks a row of scores is padded to: one compiled kernel each, whatever the length.
+_ROW_SIZES = (512, 2048, 8192)
+_SCORE_TILE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +99,15 @@ def block_map(
         raise ValueError(f"topk is {topk}: must be in (0, 1]")
     provider = resolve_provider(provider, q_BLHD.device, op="block_map")
     num_selected = num_selected_blocks(topk, num_blocks(q_BLHD.shape[1], block_k))
+    if provider == "triton":
+        return BlockMap(_block_map_triton(q_BLHD, k_BLHD, block_q, block_k, num_selected), block_q, block_k)
     indices = torch.stack(
         [_select_reference(q, k, block_q, block_k, num_selected) for q, k in zip(q_BLHD, k_BLHD, strict=True)]
     )
     return BlockMap(indices, block_q, block_k)
 
 
-def pool_blocks(x_HLD: torch.Tensor, block: int) -> torch.Tensor:
+def pool_blocks_reference(x_HLD: torch.Tensor, block: int) -> torch.Tensor:
     """Mean over each block of tokens, [H, L, D] -> [H, num_blocks, D]; the last block counts its true tokens."""
     H, L, D = x_HLD.shape
     blocks = num_blocks(L, block)
@@ -114,6 +124,154 @@ def _select_reference(
     q_HLD = q_LHD.transpose(0, 1).float()
     k_HLD = k_LHD.transpose(0, 1).float()
     k_HLD = k_HLD - k_HLD.mean(1, keepdim=True)
-    scores = pool_blocks(q_HLD, block_q) @ pool_blocks(k_HLD, block_k).transpose(1, 2)
+    scores = pool_blocks_reference(q_HLD, block_q) @ pool_blocks_reference(k_HLD, block_k).transpose(1, 2)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return order[..., :num_selected].sort(dim=-1).values.int()
+
+
+@triton.jit(do_not_specialize=["L", "num_blocks"])
+def pool_kernel(
+    x,
+    means,  # [BH, num_blocks, D]
+    L,
+    num_blocks,
+    stride_b,
+    stride_l,
+    stride_h,
+    H,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_block = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    o_l = i_block * BLOCK + tl.arange(0, BLOCK)
+    o_d = tl.arange(0, D)
+    p_x = x + (i_bh // H) * stride_b + (i_bh % H) * stride_h + o_l.to(tl.int64)[:, None] * stride_l + o_d[None, :]
+    b_x = tl.load(p_x, mask=(o_l < L)[:, None], other=0.0).to(tl.float32)
+    count = tl.minimum(BLOCK, L - i_block * BLOCK).to(tl.float32)
+    tl.store(means + (i_bh * num_blocks + i_block) * D + o_d, tl.sum(b_x, 0) / count)
+
+
+@triton.jit(do_not_specialize=["L", "num_blocks"])
+def mean_of_blocks_kernel(
+    means,  # [BH, num_blocks, D]
+    mean,  # [BH, D]
+    L,
+    num_blocks,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    i_bh = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, D)
+    b_sum = tl.zeros([D], dtype=tl.float32)
+    for start in range(0, num_blocks, ROWS):
+        o_r = start + tl.arange(0, ROWS)
+        p_means = means + (i_bh * num_blocks + o_r)[:, None] * D + o_d[None, :]
+        b_means = tl.load(p_means, mask=(o_r < num_blocks)[:, None], other=0.0)
+        b_counts = tl.minimum(BLOCK, L - o_r * BLOCK).to(tl.float32)
+        b_sum += tl.sum(b_means * b_counts[:, None], 0)
+    tl.store(mean + i_bh * D + o_d, b_sum / L)
+
+
+@triton.jit(do_not_specialize=["num_q_blocks", "num_k_blocks"])
+def score_kernel(
+    pooled_q,  # [BH, num_q_blocks, D]
+    pooled_k,  # [BH, num_k_blocks, D]
+    k_mean,  # [BH, D]
+    scores,  # [BH, num_q_blocks, num_k_blocks]
+    num_q_blocks,
+    num_k_blocks,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    i_bh = tl.program_id(2).to(tl.int64)
+    o_q = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    o_k = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    o_d = tl.arange(0, D)
+    p_q = pooled_q + (i_bh * num_q_blocks + o_q)[:, None] * D + o_d[None, :]
+    p_k = pooled_k + (i_bh * num_k_blocks + o_k)[:, None] * D + o_d[None, :]
+    b_q = tl.load(p_q, mask=(o_q < num_q_blocks)[:, None], other=0.0)
+    b_k = tl.load(p_k, mask=(o_k < num_k_blocks)[:, None], other=0.0)
+    b_k = b_k - tl.load(k_mean + i_bh * D + o_d)[None, :]
+    b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    inside = (o_q < num_q_blocks)[:, None] & (o_k < num_k_blocks)[None, :]
+    p_scores = scores + (i_bh * num_q_blocks + o_q)[:, None] * num_k_blocks + o_k[None, :]
+    tl.store(p_scores, b_scores, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_k_blocks", "num_selected"])
+def select_kernel(
+    scores,  # [rows, num_k_blocks]
+    indices,  # [rows, num_selected]
+    num_k_blocks,
+    num_selected,
+    ROW: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    o_k = tl.arange(0, ROW)
+    inside = o_k < num_k_blocks
+    # + 0.0 makes -0.0 and 0.0 the tie that they are.
+    b_scores = tl.load(scores + i_row * num_k_blocks + o_k, mask=inside, other=0.0) + 0.0
+    # Unsigned integers in the order of the scores; nothing finite maps to 0, which marks the padding.
+    b_bits = b_scores.to(tl.int32, bitcast=True)
+    b_keys = (b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+    b_keys = tl.where(inside, b_keys, 0)
+    # The largest threshold that at least num_selected keys reach, from the highest bit down.
+    threshold = tl.full([], 0, dtype=tl.uint32)
+    bit = tl.full([], 0x80000000, dtype=tl.uint32)
+    for _ in range(32):
+        candidate = threshold | bit
+        reached = tl.sum((b_keys >= candidate).to(tl.int32), 0)
+        threshold = tl.where(reached >= num_selected, candidate, threshold)
+        bit = bit >> 1
+    above = b_keys > threshold
+    tied = (b_keys == threshold) & inside
+    num_tied = num_selected - tl.sum(above.to(tl.int32), 0)
+    chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= num_tied))
+    o_out = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(indices + i_row * num_selected + o_out, o_k, mask=chosen)
+
+
+def select_blocks(
+    pooled_q: torch.Tensor, pooled_k: torch.Tensor, k_mean: torch.Tensor, num_selected: int, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Scores, then selection: int32 indices of `shape` ([B, H, num_q_blocks, num_selected])."""
+    BH, num_q_blocks, D = pooled_q.shape
+    num_k_blocks = pooled_k.shape[1]
+    row = next((size for size in _ROW_SIZES if size >= num_k_blocks), None)
+    if row is None:
+        raise ValueError(f"{num_k_blocks} key blocks: at most {_ROW_SIZES[-1]} can be ranked")
+    scores = torch.empty(BH, num_q_blocks, num_k_blocks, dtype=torch.float32, device=pooled_q.device)
+    indices = torch.empty(shape, dtype=torch.int32, device=pooled_q.device)
+    with device_of(pooled_q):
+        score_kernel[(triton.cdiv(num_k_blocks, _SCORE_TILE), triton.cdiv(num_q_blocks, _SCORE_TILE), BH)](
+            pooled_q, pooled_k, k_mean, scores, num_q_blocks, num_k_blocks, D=D, TILE=_SCORE_TILE, num_warps=4
+        )
+        select_kernel[(BH * num_q_blocks,)](
+            scores, indices, num_k_blocks, num_selected, ROW=row, num_warps=max(1, row // 2048)
+        )
+    return indices
+
+
+def pool_blocks_triton(x_BLHD: torch.Tensor, block: int) -> torch.Tensor:
+    """Block means by the kernel, fp32 [B * H, num_blocks, D]."""
+    B, L, H, D = x_BLHD.shape
+    blocks = num_blocks(L, block)
+    means = torch.empty(B * H, blocks, D, dtype=torch.float32, device=x_BLHD.device)
+    with device_of(x_BLHD):
+        pool_kernel[(blocks, B * H)](x_BLHD, means, L, blocks, *x_BLHD.stride()[:3], H, D=D, BLOCK=block, num_warps=4)
+    return means
+
+
+def _block_map_triton(
+    q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, block_q: int, block_k: int, num_selected: int
+) -> torch.Tensor:
+    B, L, H, D = q_BLHD.shape
+    pooled_q, pooled_k = pool_blocks_triton(q_BLHD, block_q), pool_blocks_triton(k_BLHD, block_k)
+    k_mean = torch.empty(B * H, D, dtype=torch.float32, device=q_BLHD.device)
+    with device_of(q_BLHD):
+        mean_of_blocks_kernel[(B * H,)](
+            pooled_k, k_mean, L, pooled_k.shape[1], D=D, BLOCK=block_k, ROWS=32, num_warps=4
+        )
+    return select_blocks(pooled_q, pooled_k, k_mean, num_selected, (B, H, pooled_q.shape[1], num_selected))

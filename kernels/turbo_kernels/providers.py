@@ -7,7 +7,9 @@ spargeattn  the optional package spas_sage_attn; only the `sagesla` attention on
 
 from __future__ import annotations
 
+import contextlib
 import os
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -49,3 +51,8 @@ def resolve_provider(
 def has_fp8(device: torch.device) -> bool:
     """Whether the tensor cores of `device` multiply e4m3 (compute capability 8.9 and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def device_of(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Make x's CUDA device the current one: triton launches on the current device, not on its arguments'."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

@@ -10,9 +10,12 @@ All in fp32, rounded once. Source: Wan2.1 (qk norm and 3-D rotary embedding).
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
 from turbo_kernels.checks import check_float
-from turbo_kernels.providers import resolve_provider
+from turbo_kernels.layer_norm import row_warps
+from turbo_kernels.providers import device_of, resolve_provider
 
 
 def rms_norm_rope(
@@ -52,6 +55,8 @@ def rms_norm_rope(
             f"must be torch.float32 {(L, head_dim // 2, 2)} on {x_BLD.device}"
         )
     provider = resolve_provider(provider, x_BLD.device, op="rms_norm_rope")
+    if provider == "triton":
+        return _rms_norm_rope_triton(x_BLD, weight_D, rope, num_heads, eps)
     x = x_BLD.float()
     y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_D.float()
     y_BLHD = y.view(B, L, num_heads, head_dim)
@@ -60,3 +65,49 @@ def rms_norm_rope(
         cos, sin = rope[:, None, :, 0], rope[:, None, :, 1]
         y_BLHD = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
     return y_BLHD.to(x_BLD.dtype)
+
+
+@triton.jit(do_not_specialize=["L"])
+def rms_norm_rope_kernel(
+    x,
+    weight,  # [D]
+    rope,  # [L, HEAD_DIM / 2, 2]
+    y,  # [B, L, D] contiguous
+    L,
+    D,
+    eps,
+    stride_xb,
+    stride_xl,
+    ROW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
+    i_l = tl.program_id(0).to(tl.int64)
+    i_b = tl.program_id(1).to(tl.int64)
+    o_d = tl.arange(0, ROW)
+    inside = o_d < D
+    b_x = tl.load(x + i_b * stride_xb + i_l * stride_xl + o_d, mask=inside, other=0.0).to(tl.float32)
+    b_y = b_x * (1.0 / tl.sqrt(tl.sum(b_x * b_x, 0) / D + eps))
+    b_y = b_y * tl.load(weight + o_d, mask=inside, other=0.0).to(tl.float32)
+    if ROTATE:
+        even, odd = tl.split(tl.reshape(b_y, [ROW // 2, 2]))
+        # (cos, sin) lie in a row of the table as (even, odd) do in a head.
+        cos, sin = tl.split(tl.reshape(tl.load(rope + i_l * HEAD_DIM + o_d % HEAD_DIM), [ROW // 2, 2]))
+        b_y = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [ROW])
+    tl.store(y + (i_b * L + i_l) * D + o_d, b_y.to(y.dtype.element_ty), mask=inside)
+
+
+def _rms_norm_rope_triton(
+    x_BLD: torch.Tensor, weight_D: torch.Tensor, rope: torch.Tensor | None, num_heads: int, eps: float
+) -> torch.Tensor:
+    B, L, D = x_BLD.shape
+    x_BLD = x_BLD if x_BLD.stride(-1) == 1 else x_BLD.contiguous()
+    y = torch.empty(B, L, num_heads, D // num_heads, dtype=x_BLD.dtype, device=x_BLD.device)
+    row = triton.next_power_of_2(D)
+    with device_of(x_BLD):
+        rms_norm_rope_kernel[(L, B)](
+            x_BLD, weight_D.contiguous(), x_BLD if rope is None else rope.contiguous(), y, L, D, eps,
+            *x_BLD.stride()[:2],
+            ROW=row, HEAD_DIM=D // num_heads, ROTATE=rope is not None, num_warps=row_warps(row),
+        )  # fmt: skip
+    return y

@@ -16,16 +16,21 @@ Source: SageAttention2, SLA paper, upstream TurboDiffusion (sagesla).
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
-from turbo_kernels.block_map import BlockMap, check_block_map
+from turbo_kernels.block_map import BlockMap, check_block_map, num_blocks
 from turbo_kernels.checks import check_attention_inputs
-from turbo_kernels.providers import has_fp8, resolve_provider
-from turbo_kernels.sparse_attention import split_blocks
+from turbo_kernels.linear_attention import DENOMINATOR_FLOOR
+from turbo_kernels.providers import device_of, has_fp8, resolve_provider
+from turbo_kernels.spargeattn import sage_attention_spargeattn
+from turbo_kernels.sparse_attention import num_stages, split_blocks
+from turbo_kernels.summary import V_AMAX_FLOOR, V_MAX, Summary, linear_branch, summarize
 
-#: Largest e4m3 value: the range v8 is scaled to in either format, and P in e4m3.
-V_MAX = 448.0
+#: P reaches 1 and e4m3 448: scaled so, it keeps the most of its bits.
 P_MAX_FP8 = 448.0
 SCALE_FLOOR = 1e-7
 
@@ -48,12 +53,18 @@ def sage_attention(
     provider = resolve_provider(
         provider, q_BLHD.device, op="sage_attention", available=("reference", "triton", "spargeattn")
     )
+    if provider == "triton":
+        summary = summarize(k_BLHD, v_BLHD, block_k=block_map.block_k, linear=False)
+        queries = prepare_queries(q_BLHD, block_map.block_q)
+        return sage_attention_triton(q_BLHD, k_BLHD, v_BLHD, block_map, queries, summary)
+    if provider == "spargeattn":
+        return sage_attention_spargeattn(q_BLHD, k_BLHD, v_BLHD, block_map)
     return sage_attention_reference(q_BLHD, k_BLHD, v_BLHD, block_map).to(q_BLHD.dtype)
 
 
 def quantize_blocks_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric int8 of [num_blocks, block, D] with one scale a block; values stay in fp32 for exact products."""
-    scale = x.abs().amax(dim=(1, 2), keepdim=True) / 127.0 + SCALE_FLOOR
+    scale = x.abs().amax(dim=(1, 2), keepdim=True) * (1.0 / 127.0) + SCALE_FLOOR
     scaled = x / scale
     return torch.trunc(scaled + 0.5 * scaled.sign()), scale
 
@@ -85,7 +96,7 @@ def sage_attention_reference(
             v_LD = v_BLHD[b, :, h].float()
             q8, q_scale = quantize_blocks_reference(split_blocks(q_BLHD[b, :, h], block_map.block_q))
             k8, k_scale = quantize_blocks_reference(split_blocks(k_LD - k_LD.mean(0), block_map.block_k))
-            v_scale = v_LD.abs().amax(0).clamp_min(1e-20) / V_MAX
+            v_scale = v_LD.abs().amax(0).clamp_min(V_AMAX_FLOOR) * (1.0 / V_MAX)
             v8 = split_blocks((v_LD / v_scale).to(pv_dtype), block_map.block_k)
 
             row_max = torch.full((*q8.shape[:2], 1), float("-inf"), device=device)
@@ -104,3 +115,243 @@ def sage_attention_reference(
                 row_max = new_max
             out_BLHD[b, :, h] = (out / row_sum * v_scale).flatten(0, 1)[:L]
     return out_BLHD
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedQueries:
+    """Queries as the kernel reads them, padded to whole blocks; B and H flattened into BH.
+
+    Attributes:
+        pooled: fp32 [BH, num_q_blocks, D], block means.
+        int8: [BH, num_q_blocks * block_q, D].
+        scale: fp32 [BH, num_q_blocks].
+    """
+
+    pooled: torch.Tensor
+    int8: torch.Tensor
+    scale: torch.Tensor
+
+
+@triton.jit
+def quantize_tile(b_x, scale_floor):
+    """int8 values (halves away from zero) and scale of one tile."""
+    scale = tl.max(tl.max(tl.abs(b_x), 1), 0) * (1.0 / 127.0) + scale_floor
+    b_scaled = tl.div_rn(b_x, tl.broadcast_to(scale, b_x.shape))
+    b_half = tl.where(b_scaled < 0.0, -0.5, 0.5)
+    return (b_scaled + b_half).to(tl.int8), scale  # the cast drops the fraction, towards zero
+
+
+@triton.jit(do_not_specialize=["L", "num_blocks"])
+def prepare_queries_kernel(
+    q,
+    pooled,  # [BH, num_blocks, D]
+    q8,  # [BH, num_blocks * BLOCK, D]
+    q_scale,  # [BH, num_blocks]
+    L,
+    num_blocks,
+    scale_floor,
+    stride_b,
+    stride_l,
+    stride_h,
+    H,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_block = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_row = i_bh * num_blocks + i_block
+    o_r = tl.arange(0, BLOCK)
+    o_d = tl.arange(0, D)
+    o_l = (i_block * BLOCK + o_r).to(tl.int64)
+    p_q = q + (i_bh // H) * stride_b + (i_bh % H) * stride_h + o_l[:, None] * stride_l + o_d[None, :]
+    b_q = tl.load(p_q, mask=(o_l < L)[:, None], other=0.0).to(tl.float32)
+    count = tl.minimum(BLOCK, L - i_block * BLOCK).to(tl.float32)
+    tl.store(pooled + i_row * D + o_d, tl.sum(b_q, 0) / count)
+    b_q8, scale = quantize_tile(b_q, scale_floor)
+    tl.store(q8 + (i_row * BLOCK + o_r)[:, None] * D + o_d[None, :], b_q8)
+    tl.store(q_scale + i_row, scale)
+
+
+@triton.jit(do_not_specialize=["L", "num_blocks"])
+def quantize_keys_values_kernel(
+    k,
+    v,
+    k_mean,  # [BH, D]
+    v_scale,  # [BH, D]
+    k8,  # [BH, num_blocks, BLOCK, D]
+    k_scale,  # [BH, num_blocks]
+    v8,  # [BH, num_blocks, D, BLOCK]: keys contiguous, as 8-bit tensor-core operands need them
+    L,
+    num_blocks,
+    scale_floor,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    H,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_block = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    i_row = i_bh * num_blocks + i_block
+    o_r = tl.arange(0, BLOCK)
+    o_d = tl.arange(0, D)
+    o_l = (i_block * BLOCK + o_r).to(tl.int64)
+    inside = (o_l < L)[:, None]
+    p_k = k + i_b * stride_kb + i_h * stride_kh + o_l[:, None] * stride_kl + o_d[None, :]
+    p_v = v + i_b * stride_vb + i_h * stride_vh + o_l[:, None] * stride_vl + o_d[None, :]
+    b_k = tl.load(p_k, mask=inside, other=0.0).to(tl.float32)
+    b_v = tl.load(p_v, mask=inside, other=0.0).to(tl.float32)
+    b_k = tl.where(inside, b_k - tl.load(k_mean + i_bh * D + o_d)[None, :], 0.0)
+    b_k8, scale = quantize_tile(b_k, scale_floor)
+    tl.store(k8 + (i_row * BLOCK + o_r)[:, None] * D + o_d[None, :], b_k8)
+    tl.store(k_scale + i_row, scale)
+    b_v8 = (b_v / tl.load(v_scale + i_bh * D + o_d)[None, :]).to(v8.dtype.element_ty)
+    tl.store(v8 + i_row * BLOCK * D + o_d[:, None] * BLOCK + o_r[None, :], tl.trans(b_v8))
+
+
+@triton.jit
+def _attend(
+    b_q8, p_k8, p_v8, p_k_scale, i_block, num_keys, row_max, row_sum, acc, q_scale, log2_p_max,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Take one block of keys into the running softmax; RAGGED masks all but its first num_keys keys."""
+    o_tile = i_block.to(tl.int64) * (BLOCK_K * D)
+    b_k8 = tl.load(p_k8 + o_tile)  # [BLOCK_K, D]
+    scale = q_scale * tl.load(p_k_scale + i_block)
+    b_s = tl.dot(b_q8, tl.trans(b_k8), out_dtype=tl.int32).to(tl.float32)  # [BLOCK_Q, BLOCK_K]
+    if RAGGED:
+        b_s = tl.where((tl.arange(0, BLOCK_K) < num_keys)[None, :], b_s, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(b_s, 1) * scale)
+    b_p = tl.exp2(b_s * scale - (new_max - log2_p_max)[:, None])
+    shrink = tl.exp2(row_max - new_max)
+    row_sum = row_sum * shrink + tl.sum(b_p, 1)
+    b_v8 = tl.load(p_v8 + o_tile)  # [D, BLOCK_K]
+    # Added outside of the product: Hopper's fp8 units keep about 14 bits while they sum.
+    acc = acc * shrink[:, None] + tl.dot(b_p.to(b_v8.dtype), tl.trans(b_v8))
+    return new_max, row_sum, acc
+
+
+@triton.jit(do_not_specialize=["L", "num_q_blocks", "num_k_blocks", "num_selected", "floor", "log2_p_max"])
+def sage_attention_kernel(
+    q,  # [B, L, H, D], LINEAR only
+    q8,  # [BH, num_q_blocks * BLOCK_Q, D]
+    q_scale,  # [BH, num_q_blocks]
+    k8,  # [BH, num_k_blocks, BLOCK_K, D]
+    k_scale,  # [BH, num_k_blocks]
+    v8,  # [BH, num_k_blocks, D, BLOCK_K]
+    v_scale,  # [BH, D]
+    indices,  # [BH, num_q_blocks, num_selected]
+    kv,  # [BH, D, D], LINEAR only
+    phi_sum,  # [BH, D], LINEAR only
+    proj_bias,  # [D], LINEAR only
+    out,  # [B, L, H, D] contiguous
+    L,
+    num_q_blocks,
+    num_k_blocks,
+    num_selected,
+    floor,
+    scale,
+    log2_p_max,
+    stride_qb,
+    stride_ql,
+    stride_qh,
+    H,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LINEAR: tl.constexpr,
+):
+    i_q = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_row = i_bh * num_q_blocks + i_q
+    o_r = tl.arange(0, BLOCK_Q)
+    o_k = tl.arange(0, BLOCK_K)
+    o_d = tl.arange(0, D)
+    b_q8 = tl.load(q8 + (i_row * BLOCK_Q + o_r)[:, None] * D + o_d[None, :])
+    b_q_scale = tl.load(q_scale + i_row) * scale
+    p_k8 = k8 + i_bh * num_k_blocks * (BLOCK_K * D) + o_k[:, None] * D + o_d[None, :]
+    p_v8 = v8 + i_bh * num_k_blocks * (BLOCK_K * D) + o_d[:, None] * BLOCK_K + o_k[None, :]
+    p_k_scale = k_scale + i_bh * num_k_blocks
+    p_index = indices + i_row * num_selected
+    row_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
+    # Ascending indices: only the last one can be the ragged block.
+    for i in range(num_selected - 1):
+        row_max, row_sum, acc = _attend(
+            b_q8, p_k8, p_v8, p_k_scale, tl.load(p_index + i), BLOCK_K, row_max, row_sum, acc, b_q_scale, log2_p_max,
+            D, BLOCK_K, False,
+        )  # fmt: skip
+    i_last = tl.load(p_index + num_selected - 1)
+    row_max, row_sum, acc = _attend(
+        b_q8, p_k8, p_v8, p_k_scale, i_last, L - i_last * BLOCK_K, row_max, row_sum, acc, b_q_scale, log2_p_max,
+        D, BLOCK_K, True,
+    )  # fmt: skip
+    acc = acc / row_sum[:, None] * tl.load(v_scale + i_bh * D + o_d)[None, :]
+    i_b, i_h = i_bh // H, i_bh % H
+    o_l = (i_q * BLOCK_Q + o_r).to(tl.int64)
+    inside = (o_l < L)[:, None]
+    if LINEAR:
+        p_q = q + i_b * stride_qb + i_h * stride_qh + o_l[:, None] * stride_ql + o_d[None, :]
+        b_q = tl.load(p_q, mask=inside, other=0.0)
+        acc += linear_branch(b_q, kv, phi_sum, i_bh, floor, D) + tl.load(proj_bias + o_d).to(tl.float32)[None, :]
+    tl.store(out + ((i_b * L + o_l)[:, None] * H + i_h) * D + o_d[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+def prepare_queries(q_BLHD: torch.Tensor, block_q: int) -> PreparedQueries:
+    """Pool and quantise queries in one pass."""
+    B, L, H, D = q_BLHD.shape
+    blocks = num_blocks(L, block_q)
+    pooled = torch.empty(B * H, blocks, D, dtype=torch.float32, device=q_BLHD.device)
+    q8 = torch.empty(B * H, blocks * block_q, D, dtype=torch.int8, device=q_BLHD.device)
+    q_scale = torch.empty(B * H, blocks, dtype=torch.float32, device=q_BLHD.device)
+    with device_of(q_BLHD):
+        # No contraction into FMA where a value is rounded to 8 bits: the reference has none.
+        prepare_queries_kernel[(blocks, B * H)](
+            q_BLHD, pooled, q8, q_scale, L, blocks, SCALE_FLOOR, *q_BLHD.stride()[:3], H,
+            D=D, BLOCK=block_q, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return PreparedQueries(pooled, q8, q_scale)
+
+
+def sage_attention_triton(
+    q_BLHD: torch.Tensor,
+    k_BLHD: torch.Tensor,
+    v_BLHD: torch.Tensor,
+    block_map: BlockMap,
+    queries: PreparedQueries,
+    summary: Summary,
+    proj_bias_D: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Quantise keys and values, then attend; with proj_l's bias (its weight folded into summary.kv) the linear
+    branch is added before rounding."""
+    B, L, H, D = q_BLHD.shape
+    device = q_BLHD.device
+    block_q, block_k = block_map.block_q, block_map.block_k
+    num_q_blocks, num_k_blocks = num_blocks(L, block_q), num_blocks(L, block_k)
+    fp8 = has_fp8(device)
+    k8 = torch.empty(B * H, num_k_blocks, block_k, D, dtype=torch.int8, device=device)
+    k_scale = torch.empty(B * H, num_k_blocks, dtype=torch.float32, device=device)
+    v_dtype = torch.float8_e4m3fn if fp8 else torch.float16
+    v8 = torch.empty(B * H, num_k_blocks, D, block_k, dtype=v_dtype, device=device)
+    out = torch.empty(B, L, H, D, dtype=q_BLHD.dtype, device=device)
+    linear = (out, out, out) if proj_bias_D is None else (summary.kv, summary.phi_sum, proj_bias_D)
+    with device_of(q_BLHD):
+        quantize_keys_values_kernel[(num_k_blocks, B * H)](
+            k_BLHD, v_BLHD, summary.k_mean, summary.v_scale, k8, k_scale, v8, L, num_k_blocks, SCALE_FLOOR,
+            *k_BLHD.stride()[:3], *v_BLHD.stride()[:3], H,
+            D=D, BLOCK=block_k, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
+        sage_attention_kernel[(num_q_blocks, B * H)](
+            q_BLHD, queries.int8, queries.scale, k8, k_scale, v8, summary.v_scale, block_map.indices, *linear, out,
+            L, num_q_blocks, num_k_blocks, block_map.num_selected, DENOMINATOR_FLOOR / L,
+            D**-0.5 * math.log2(math.e), math.log2(P_MAX_FP8) if fp8 else 0.0, *q_BLHD.stride()[:3], H,
+            D=D, BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=proj_bias_D is not None,
+            num_warps=8 if block_q == 128 else 4, num_stages=num_stages(q_BLHD),
+        )  # fmt: skip
+    return out

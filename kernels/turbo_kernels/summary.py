@@ -1,0 +1,216 @@
+"""What later stages need to know about a whole sequence of keys and values, gathered in one pass over both.
+
+    k_mean    = mean_L(k)                      smoothing, for the block map and for int8 keys
+    pooled_k  = mean of k over each key block  for the block map
+    v_scale   = amax_L(|v|) / V_MAX            one a (head, channel), for 8-bit values
+    phi_sum   = mean_L(phi(k))                 phi = softmax over channels, rounded to the input dtype
+    kv        = mean_L(phi(k) v^T) [ W^T ]     [D, D]; with proj_l folded in where given
+
+Means instead of sums keep kv inside fp16; the linear branch's 1e-5 is divided by L in turn. The sequence is cut into
+chunks of a fixed number of tokens, summed in order: neither batch size nor device changes a bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from turbo_kernels.providers import device_of
+
+#: Tokens a program sums up; a multiple of every block size.
+CHUNK = 1024
+#: Largest e4m3 value: the range that values are scaled to, whether kept in e4m3 or in fp16.
+V_MAX = 448.0
+V_AMAX_FLOOR = 1e-20
+_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Statistics of keys and values, in the layout of the kernels: B and H flattened into one dimension BH.
+
+    Attributes:
+        k_mean: fp32 [BH, D].
+        pooled_k: fp32 [BH, num_k_blocks, D], not smoothed.
+        v_scale: fp32 [BH, D].
+        phi_sum: fp32 [BH, D], None unless asked for.
+        kv: [BH, D, D] in the input dtype, None unless asked for.
+    """
+
+    k_mean: torch.Tensor
+    pooled_k: torch.Tensor
+    v_scale: torch.Tensor
+    phi_sum: torch.Tensor | None
+    kv: torch.Tensor | None
+
+
+@triton.jit
+def softmax_features(x):
+    """softmax over the last dimension in fp32."""
+    b_x = x.to(tl.float32)
+    b_exp = tl.exp(b_x - tl.max(b_x, 1)[:, None])
+    return b_exp / tl.sum(b_exp, 1)[:, None]
+
+
+@triton.jit(do_not_specialize=["L", "num_chunks", "num_k_blocks"])
+def summarize_chunk_kernel(
+    k,
+    v,
+    pooled_k,  # [BH, num_k_blocks, D]
+    k_sums,  # [BH, num_chunks, D]
+    v_amaxes,  # [BH, num_chunks, D]
+    phi_sums,  # [BH, num_chunks, D]
+    kv_sums,  # [BH, num_chunks, D, D]
+    L,
+    num_chunks,
+    num_k_blocks,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    H,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LINEAR: tl.constexpr,
+):
+    i_chunk = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_l = tl.arange(0, BLOCK)
+    o_d = tl.arange(0, D)
+    start = i_chunk.to(tl.int64) * CHUNK
+    p_k = k + i_b * stride_kb + i_h * stride_kh + (start + o_l)[:, None] * stride_kl + o_d[None, :]
+    p_v = v + i_b * stride_vb + i_h * stride_vh + (start + o_l)[:, None] * stride_vl + o_d[None, :]
+    p_pooled = pooled_k + (i_bh * num_k_blocks + i_chunk * (CHUNK // BLOCK)) * D + o_d
+    b_k_sum = tl.zeros([D], dtype=tl.float32)
+    b_v_amax = tl.zeros([D], dtype=tl.float32)
+    b_phi_sum = tl.zeros([D], dtype=tl.float32)
+    b_kv = tl.zeros([D, D], dtype=tl.float32)
+    num_tokens = tl.minimum(CHUNK, L - i_chunk * CHUNK)
+    for i in range(0, num_tokens, BLOCK):
+        in_sequence = (i + o_l < num_tokens)[:, None]
+        b_k = tl.load(p_k, mask=in_sequence, other=0.0)  # [BLOCK, D]
+        b_v = tl.load(p_v, mask=in_sequence, other=0.0)  # [BLOCK, D]
+        b_sum = tl.sum(b_k.to(tl.float32), 0)
+        tl.store(p_pooled, b_sum / tl.minimum(BLOCK, num_tokens - i).to(tl.float32))
+        b_k_sum += b_sum
+        b_v_amax = tl.maximum(b_v_amax, tl.max(tl.abs(b_v.to(tl.float32)), 0))
+        if LINEAR:
+            b_phi = tl.where(in_sequence, softmax_features(b_k), 0.0).to(k.dtype.element_ty)
+            b_phi_sum += tl.sum(b_phi.to(tl.float32), 0)
+            b_kv = tl.dot(tl.trans(b_phi), b_v, b_kv, input_precision="ieee")
+        p_k += BLOCK * stride_kl
+        p_v += BLOCK * stride_vl
+        p_pooled += D
+    i_part = i_bh * num_chunks + i_chunk
+    tl.store(k_sums + i_part * D + o_d, b_k_sum)
+    tl.store(v_amaxes + i_part * D + o_d, b_v_amax)
+    if LINEAR:
+        tl.store(phi_sums + i_part * D + o_d, b_phi_sum)
+        tl.store(kv_sums + i_part * D * D + o_d[:, None] * D + o_d[None, :], b_kv)
+
+
+@triton.jit(do_not_specialize=["L", "num_chunks", "v_max"])
+def reduce_chunks_kernel(
+    k_sums,
+    v_amaxes,
+    phi_sums,
+    kv_sums,
+    k_mean,  # [BH, D]
+    v_scale,  # [BH, D]
+    phi_sum,  # [BH, D]
+    kv,  # [BH, D, D]
+    proj_weight,  # [D, D]
+    L,
+    num_chunks,
+    v_max,
+    v_amax_floor,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    LINEAR: tl.constexpr,
+    PROJECT: tl.constexpr,
+):
+    i_rows = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    o_d = tl.arange(0, D)
+    o_r = i_rows * ROWS + tl.arange(0, ROWS)
+    if i_rows == 0:
+        b_k_sum = tl.zeros([D], dtype=tl.float32)
+        b_v_amax = tl.zeros([D], dtype=tl.float32)
+        b_phi_sum = tl.zeros([D], dtype=tl.float32)
+        for i in range(num_chunks):
+            o_part = (i_bh * num_chunks + i) * D + o_d
+            b_k_sum += tl.load(k_sums + o_part)
+            b_v_amax = tl.maximum(b_v_amax, tl.load(v_amaxes + o_part))
+            if LINEAR:
+                b_phi_sum += tl.load(phi_sums + o_part)
+        tl.store(k_mean + i_bh * D + o_d, b_k_sum / L)
+        tl.store(v_scale + i_bh * D + o_d, tl.maximum(b_v_amax, v_amax_floor) * (1.0 / v_max))
+        if LINEAR:
+            tl.store(phi_sum + i_bh * D + o_d, b_phi_sum / L)
+    if LINEAR:
+        b_kv = tl.zeros([ROWS, D], dtype=tl.float32)
+        p_kv = kv_sums + i_bh * num_chunks * D * D + o_r[:, None] * D + o_d[None, :]
+        for _ in range(num_chunks):
+            b_kv += tl.load(p_kv)
+            p_kv += D * D
+        b_kv = b_kv / L
+        if PROJECT:
+            b_weight = tl.load(proj_weight + o_d[:, None] * D + o_d[None, :]).to(tl.float32)  # [out, in]
+            b_kv = tl.dot(b_kv, tl.trans(b_weight), input_precision="ieee")
+        tl.store(kv + i_bh * D * D + o_r[:, None] * D + o_d[None, :], b_kv.to(kv.dtype.element_ty))
+
+
+@triton.jit
+def linear_branch(b_q, kv, phi_sum, i_bh, floor, D: tl.constexpr):
+    """phi(q) kv / (floor + phi(q) phi_sum) of one tile of queries, fp32 [BLOCK, D]."""
+    o_d = tl.arange(0, D)
+    b_phi = softmax_features(b_q).to(b_q.dtype)
+    b_kv = tl.load(kv + i_bh * D * D + o_d[:, None] * D + o_d[None, :])
+    b_phi_sum = tl.load(phi_sum + i_bh * D + o_d)
+    b_denominator = floor + tl.sum(b_phi.to(tl.float32) * b_phi_sum[None, :], 1)
+    return tl.dot(b_phi, b_kv, input_precision="ieee") / b_denominator[:, None]
+
+
+def summarize(
+    k_BLHD: torch.Tensor,
+    v_BLHD: torch.Tensor,
+    *,
+    block_k: int,
+    linear: bool,
+    proj_weight_DD: torch.Tensor | None = None,
+) -> Summary:
+    """Run both kernels over keys and values of equal shape; `linear` asks for phi_sum and kv."""
+    B, L, H, D = k_BLHD.shape
+    device = k_BLHD.device
+    num_chunks, num_k_blocks = triton.cdiv(L, CHUNK), triton.cdiv(L, block_k)
+    fp32 = {"dtype": torch.float32, "device": device}
+    pooled_k = torch.empty(B * H, num_k_blocks, D, **fp32)
+    k_sums = torch.empty(B * H, num_chunks, D, **fp32)
+    v_amaxes = torch.empty_like(k_sums)
+    phi_sums = torch.empty_like(k_sums) if linear else k_sums
+    kv_sums = torch.empty(B * H, num_chunks, D, D, **fp32) if linear else k_sums
+    k_mean = torch.empty(B * H, D, **fp32)
+    v_scale = torch.empty_like(k_mean)
+    phi_sum = torch.empty_like(k_mean) if linear else None
+    kv = torch.empty(B * H, D, D, dtype=k_BLHD.dtype, device=device) if linear else None
+    with device_of(k_BLHD):
+        summarize_chunk_kernel[(num_chunks, B * H)](
+            k_BLHD, v_BLHD, pooled_k, k_sums, v_amaxes, phi_sums, kv_sums, L, num_chunks, num_k_blocks,
+            *k_BLHD.stride()[:3], *v_BLHD.stride()[:3], H,
+            D=D, BLOCK=block_k, CHUNK=CHUNK, LINEAR=linear, num_warps=8, num_stages=2,
+        )  # fmt: skip
+        reduce_chunks_kernel[(D // _ROWS if linear else 1, B * H)](
+            k_sums, v_amaxes, phi_sums, kv_sums, k_mean, v_scale,
+            k_mean if phi_sum is None else phi_sum, k_mean if kv is None else kv,
+            k_mean if proj_weight_DD is None else proj_weight_DD,
+            L, num_chunks, V_MAX, V_AMAX_FLOOR,
+            D=D, ROWS=_ROWS, LINEAR=linear, PROJECT=proj_weight_DD is not None, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return Summary(k_mean, pooled_k, v_scale, phi_sum, kv)
