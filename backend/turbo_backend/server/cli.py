@@ -5,6 +5,7 @@ Exit statuses: 0 ok (a server stopped by SIGTERM or Ctrl-C included), 1 failed, 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -128,6 +129,27 @@ def serve_command(
         exit_timeout=exit_timeout,
     )
     raise typer.Exit(serve(server, settings.model))
+
+
+@app.command("doctor")
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Say what is installed, which GPU, which providers, what would be used and why.
+
+    Starts the tritonserver it finds, to be sure. Exit status 1 when serving could not work.
+    """
+    from turbo_backend.server.doctor import diagnose
+
+    diagnosis = diagnose()
+    if as_json:
+        print(json.dumps(diagnosis.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        for finding in diagnosis.findings:
+            detail = finding.detail.rstrip().replace("\n", "\n" + " " * 29)
+            print(f"{finding.state:8} {finding.name:19} {detail}")
+        print("would use: " + ", ".join(f"{name}={value}" for name, value in diagnosis.would_use.items()))
+    raise typer.Exit(0 if diagnosis.ok else 1)
 
 
 @app.command("settings")

@@ -140,6 +140,14 @@ class TritonServer:
         """What the names of this server's files in /dev/shm begin with."""
         return f"{self._server_id}_"
 
+    @property
+    def version(self) -> str:
+        """Triton's version, as the running server gives it."""
+        status, body = self._get("/v2")
+        if status != 200:
+            raise RuntimeError(f"{self.http_url}/v2 answers with status {status}")
+        return str(json.loads(body)["version"])
+
     def __enter__(self) -> TritonServer:
         self.start()
         return self
