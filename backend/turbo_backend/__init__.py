@@ -1,3 +1,9 @@
 """Networks, sampler, checkpoints and Triton stages of the TurboDiffusion server."""
 
+import os
+
 __version__ = "0.1.0"
+
+# The model processes share the machine's processors. OpenMP threads that spin while they wait take them from each
+# other: on two cores a decode beside another one took 12 times as long. libgomp reads this once, when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
