@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
-from turbo_kernels import self_check
 
-from turbo_backend.checkpoints import ModelFiles, find_files, load_into, open_checkpoint, tiny_checkpoint_folder
+from turbo_backend.checkpoints import (
+    DenoiserLayout,
+    ModelFiles,
+    TextEncoderLayout,
+    VAELayout,
+    find_files,
+    open_checkpoint,
+    tiny_checkpoint_folder,
+)
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import Misconfigured, TurboError
-from turbo_backend.nets.dit import KEEP_FP32, WanDiT
+from turbo_backend.nets.dit import KEEP_FP32
 from turbo_backend.nets.random_weights import initialize_random
-from turbo_backend.nets.umt5 import UMT5Encoder
-from turbo_backend.nets.vae import WanVAE
-from turbo_backend.parameters import Delivery
-from turbo_backend.quantization import quantize_linears
+from turbo_backend.parameters import Delivery, make_parameters
 from turbo_backend.settings import Settings
-from turbo_backend.stages.denoiser import DenoisedStep, DenoiserStage, DenoiseRequest
+from turbo_backend.stages.denoiser import DenoisedStep, DenoiseRequest, DenoiserStage
 from turbo_backend.stages.text_encoder import TextEncoderStage
 from turbo_backend.stages.vae_decoder import DecodeRequest, VAEDecoderStage
 from turbo_backend.tokenizer import Tokenizer
+from turbo_kernels import self_check
 
 _log = logging.getLogger(__name__)
-_Net = TypeVar("_Net", bound=nn.Module)
 
 #: Seed of `TURBO_WEIGHTS=random`.
 _RANDOM_SEED = 0
@@ -43,7 +45,7 @@ def load_text_encoder(settings: Settings) -> TextEncoderStage:
     """The text encoder stage, loaded and warm."""
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
-    encoder, _ = _load(lambda: UMT5Encoder(model.text_encoder), files and files.text_encoder, settings)
+    encoder, _ = _load(TextEncoderLayout(model.text_encoder), files and files.text_encoder, settings)
     stage = TextEncoderStage(
         encoder,
         Tokenizer.from_folder(files.tokenizer if files else tiny_checkpoint_folder() / "tokenizer"),
@@ -73,15 +75,8 @@ def load_denoiser(settings: Settings, *, ensemble: str) -> DenoiserStage:
     if not check.passed:
         raise Misconfigured(f"attention provider {settings.provider} fails its self-check: {check.details}")
 
-    def build() -> WanDiT:
-        net = WanDiT(model.dit)
-        if settings.quant_linear:
-            quantize_linears(net)
-        return net
-
-    net, fingerprint = _load(
-        build, files and files.dit[0], settings, keep_fp32=KEEP_FP32, quantize=settings.quant_linear
-    )
+    layout = DenoiserLayout(model.dit, quant_linear=settings.quant_linear)
+    net, fingerprint = _load(layout, files and files.dit[0], settings)
     stage = DenoiserStage(
         net,
         model,
@@ -102,7 +97,7 @@ def load_vae_decoder(settings: Settings) -> VAEDecoderStage:
     """The VAE decoder stage, loaded and warm."""
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
-    vae, _ = _load(lambda: WanVAE(model.vae), files and files.vae, settings)
+    vae, _ = _load(VAELayout(model.vae), files and files.vae, settings)
     stage = VAEDecoderStage(vae, max_batch_pixels=_BATCH_PIXELS)
     _, h, w = _warm_shape(model)
     request = DecodeRequest(
@@ -131,35 +126,27 @@ def _find_files(settings: Settings) -> ModelFiles | None:
 
 
 def _load(
-    build: Callable[[], _Net],
-    path: Path | None,
-    settings: Settings,
-    *,
-    keep_fp32: Sequence[str] = (),
-    quantize: bool = False,
-) -> tuple[_Net, str]:
+    layout: DenoiserLayout | TextEncoderLayout | VAELayout, path: Path | None, settings: Settings
+) -> tuple[nn.Module, str]:
     """The network on its device and the fingerprint of its weights."""
     started = time.perf_counter()
     device, dtype = settings.device, settings.dtype
-    with torch.device("meta"):
-        net = build().eval().requires_grad_(False)
     if path is None:
-        generator_device = device if device.type == "cuda" else None
+        net = layout.build()
+        on_device = device if device.type == "cuda" else None
         initialize_random(
-            net, _RANDOM_SEED, device=device, dtype=dtype, keep_fp32=keep_fp32, generator_device=generator_device
+            net, _RANDOM_SEED, device=device, dtype=dtype, keep_fp32=KEEP_FP32, generator_device=on_device
         )
         fingerprint = f"random, seed {_RANDOM_SEED}"
     else:
         checkpoint = open_checkpoint(path)
-        load_into(net, checkpoint, device=device, dtype=dtype, keep_fp32=keep_fp32, quantize=quantize)
+        net = layout.load(checkpoint, device=device, dtype=dtype)
         fingerprint = checkpoint.fingerprint()
     _log.info("%s: %s loaded in %.1f s", path or "random", type(net).__name__, time.perf_counter() - started)
-    return net, fingerprint
+    return net.eval().requires_grad_(False), fingerprint
 
 
 def _warm_shape(model: ModelConfig) -> tuple[int, int, int]:
-    from turbo_backend.parameters import make_parameters
-
     return make_parameters(model, {}, seed=1).latent_shape
 
 
