@@ -84,7 +84,8 @@ class DenoiserStage:
         model: the served model.
         provider: attention provider (`reference`, `triton`, `spargeattn`).
         max_batch_tokens: most tokens that one batch may hold together; a longer request runs alone.
-        identity: `weights` and other facts about this server that go into every report.
+        fingerprint: of the weights, for the report.
+        identity: other facts about this server that go into every report.
     """
 
     def __init__(
@@ -94,12 +95,14 @@ class DenoiserStage:
         *,
         provider: str,
         max_batch_tokens: int,
+        fingerprint: str,
         identity: Mapping[str, object],
     ) -> None:
         self._net = net
         self._model = model
         self._provider = provider
         self._max_batch_tokens = max_batch_tokens
+        self._fingerprint = fingerprint
         self._identity = dict(identity)
         self._device = net.patch_embedding.weight.device
         self._dtype = net.patch_embedding.weight.dtype
@@ -201,7 +204,8 @@ class DenoiserStage:
         self, member: _Admitted, batch_size: int, milliseconds: float, step_milliseconds: Sequence[float]
     ) -> dict[str, object]:
         p = member.parameters
-        parameters = {key: value for key, value in p.to_dict().items() if key not in ("seed", "width", "height")}
+        left_out = {"seed", "width", "height"} | ({"boundary"} if self._model.num_experts == 1 else set())
+        parameters = {key: value for key, value in p.to_dict().items() if key not in left_out}
         attention: dict[str, object] = {"type": p.attention_type, "provider": self._provider}
         if p.attention_type != "original":
             attention["block_q"], attention["block_k"] = attention_geometry(p.attention_type, self._device)
@@ -216,6 +220,7 @@ class DenoiserStage:
             "device": device_name(self._device),
             "dtype": str(self._dtype).removeprefix("torch."),
             "versions": versions(),
+            "weights": {**member.request.report.get("weights", {}), "denoiser": self._fingerprint},  # type: ignore[dict-item]
             "stages": {
                 **member.request.report.get("stages", {}),  # type: ignore[dict-item]
                 "denoiser": {

@@ -45,12 +45,13 @@ def load_text_encoder(settings: Settings) -> TextEncoderStage:
     """The text encoder stage, loaded and warm."""
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
-    encoder, _ = _load(TextEncoderLayout(model.text_encoder), files and files.text_encoder, settings)
+    encoder, fingerprint = _load(TextEncoderLayout(model.text_encoder), files and files.text_encoder, settings)
     stage = TextEncoderStage(
         encoder,
         Tokenizer.from_folder(files.tokenizer if files else tiny_checkpoint_folder() / "tokenizer"),
         text_len=model.dit.text_len,
         cache_entries=settings.text_cache_entries,
+        fingerprint=fingerprint,
     )
     (warm,) = stage.encode(["warm-up"])
     if isinstance(warm, TurboError):
@@ -82,12 +83,8 @@ def load_denoiser(settings: Settings, *, ensemble: str) -> DenoiserStage:
         model,
         provider=settings.provider,
         max_batch_tokens=_GPU_BATCH_TOKENS if settings.device.type == "cuda" else _CPU_BATCH_TOKENS,
-        identity={
-            "ensemble": ensemble,
-            "weights": {"denoiser": fingerprint},
-            "quant_linear": settings.quant_linear,
-            "self_check": "passed",
-        },
+        fingerprint=fingerprint,
+        identity={"ensemble": ensemble, "quant_linear": settings.quant_linear, "self_check": "passed"},
     )
     _warm_denoiser(stage, model)
     return stage
@@ -97,8 +94,8 @@ def load_vae_decoder(settings: Settings) -> VAEDecoderStage:
     """The VAE decoder stage, loaded and warm."""
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
-    vae, _ = _load(VAELayout(model.vae), files and files.vae, settings)
-    stage = VAEDecoderStage(vae, max_batch_pixels=_BATCH_PIXELS)
+    vae, fingerprint = _load(VAELayout(model.vae), files and files.vae, settings)
+    stage = VAEDecoderStage(vae, max_batch_pixels=_BATCH_PIXELS, fingerprint=fingerprint)
     _, h, w = _warm_shape(model)
     request = DecodeRequest(
         latents=torch.zeros(model.vae.z_dim, 2, h, w), report={"stages": {}}, delivery=Delivery(container="raw")

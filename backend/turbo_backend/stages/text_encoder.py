@@ -27,12 +27,14 @@ class EncodedPrompt:
         embeddings: float32 `[length, text_dim]` on the CPU, one row a token.
         milliseconds: time of the batch that encoded it; 0 from the cache.
         cache_hit: the embeddings are those of an earlier request.
+        fingerprint: of the encoder's weights.
     """
 
     prompt: str
     embeddings: torch.Tensor
     milliseconds: float
     cache_hit: bool
+    fingerprint: str
 
     @property
     def length(self) -> int:
@@ -41,7 +43,8 @@ class EncodedPrompt:
     def report(self) -> dict[str, object]:
         """What later stages pass on to the caller."""
         stage = {"milliseconds": round(self.milliseconds, 2), "num_tokens": self.length, "cache_hit": self.cache_hit}
-        return {"prompt": self.prompt, "stages": {"text_encoder": stage}}
+        weights = {"text_encoder": self.fingerprint}
+        return {"prompt": self.prompt, "stages": {"text_encoder": stage}, "weights": weights}
 
 
 class TextEncoderStage:
@@ -52,13 +55,17 @@ class TextEncoderStage:
         tokenizer: the one the encoder was trained with.
         text_len: most tokens the denoiser attends to; a longer prompt is refused.
         cache_entries: prompts kept (0 turns the cache off).
+        fingerprint: of the weights, for the report.
     """
 
-    def __init__(self, encoder: UMT5Encoder, tokenizer: Tokenizer, *, text_len: int, cache_entries: int) -> None:
+    def __init__(
+        self, encoder: UMT5Encoder, tokenizer: Tokenizer, *, text_len: int, cache_entries: int, fingerprint: str
+    ) -> None:
         self._encoder = encoder
         self._tokenizer = tokenizer
         self._text_len = text_len
         self._cache_entries = cache_entries
+        self._fingerprint = fingerprint
         self._cache: OrderedDict[tuple[int, ...], torch.Tensor] = OrderedDict()
 
     def encode(self, prompts: Sequence[bytes | str]) -> list[EncodedPrompt | TurboError]:
@@ -93,7 +100,13 @@ class TextEncoderStage:
             else:
                 hit = tokens in known
                 outcomes.append(
-                    EncodedPrompt(prompt=text, embeddings=found, milliseconds=0.0 if hit else elapsed, cache_hit=hit)
+                    EncodedPrompt(
+                        prompt=text,
+                        embeddings=found,
+                        milliseconds=0.0 if hit else elapsed,
+                        cache_hit=hit,
+                        fingerprint=self._fingerprint,
+                    )
                 )
         return outcomes
 

@@ -51,10 +51,12 @@ class VAEDecoderStage:
     Args:
         vae: network on its device, in its dtype.
         max_batch_pixels: most pixels (frames x height x width, all members) that one batch may decode together.
+        fingerprint: of the weights, for the report.
     """
 
-    def __init__(self, vae: WanVAE, *, max_batch_pixels: int) -> None:
+    def __init__(self, vae: WanVAE, *, max_batch_pixels: int, fingerprint: str) -> None:
         self._vae = vae
+        self._fingerprint = fingerprint
         self._max_batch_pixels = max_batch_pixels
 
     @torch.inference_mode()
@@ -80,7 +82,7 @@ class VAEDecoderStage:
     def _decode_group(
         self, indices: Sequence[int], requests: Sequence[DecodeRequest]
     ) -> Iterator[tuple[int, DecodedChunk | DecodedVideo | TurboError]]:
-        sinks = [_VideoSink(request) for request in requests]
+        sinks = [_VideoSink(request, self._fingerprint) for request in requests]
         started = time.perf_counter()
         num_chunks = requests[0].latents.shape[1]
         try:
@@ -116,8 +118,10 @@ class VAEDecoderStage:
 class _VideoSink:
     """Collects the frames of one request, as MP4 or raw."""
 
-    def __init__(self, request: DecodeRequest) -> None:
+    def __init__(self, request: DecodeRequest, fingerprint: str) -> None:
         self._request = request
+        self._report = dict(request.report)
+        self._report["weights"] = {**request.report.get("weights", {}), "vae": fingerprint}  # type: ignore[dict-item]
         self._encoder: MP4Encoder | None = None
         self._raw: list[np.ndarray] = []
         self._shape = (0, 0)
@@ -140,9 +144,9 @@ class _VideoSink:
         frames = np.concatenate(self._raw) if self._raw else np.empty((0, 0, 0, 3), np.uint8)
         waited = (time.perf_counter() - started) * 1000
         delivery = self._request.delivery
-        report = dict(self._request.report)
+        report = dict(self._report)
         report["stages"] = {
-            **report["stages"],
+            **report["stages"],  # type: ignore[dict-item]
             "vae_decoder": {"milliseconds": round(decode_milliseconds, 2), "batch_size": batch_size},
             "video_encoder": {
                 "milliseconds": round(self._encoder.milliseconds, 2) if self._encoder else 0.0,
@@ -171,5 +175,5 @@ class _VideoSink:
             height=height,
             fps=self._request.delivery.fps,
             num_frames=4 * t - 3,
-            comment=make_manifest(self._request.report),
+            comment=make_manifest(self._report),
         )
