@@ -84,13 +84,14 @@ def rms_norm(x_THWC: Tensor, gamma: Tensor, *, out: Tensor | None = None) -> Ten
         out: where to write, of the shape and dtype of `x_THWC`; a new tensor by default.
     """
     num_channels = x_THWC.shape[-1]
-    norm_THW1 = torch.linalg.vector_norm(x_THWC, dim=-1, keepdim=True, dtype=torch.float32)
-    scale_THW1 = math.sqrt(num_channels) / norm_THW1.clamp_min(_SMALLEST_NORM)
+    norm_THW1 = torch.linalg.vector_norm(x_THWC, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(_SMALLEST_NORM)
+    weight_C = gamma.view(num_channels).float() * math.sqrt(num_channels)
+    if torch.is_grad_enabled():
+        y_THWC = (x_THWC / norm_THW1 * weight_C).to(x_THWC.dtype)
+        return y_THWC if out is None else out.copy_(y_THWC)
     if out is None:
         out = torch.empty_like(x_THWC)
-    if torch.is_grad_enabled():
-        return out.copy_(x_THWC * scale_THW1 * gamma.view(num_channels))
-    return torch.mul(x_THWC, scale_THW1, out=out).mul_(gamma.view(num_channels))
+    return torch.div(x_THWC, norm_THW1, out=out).mul_(weight_C)
 
 
 def norm_silu(x_THWC: Tensor, gamma: Tensor, *, out: Tensor | None = None) -> Tensor:
