@@ -84,7 +84,7 @@ class Int8Linear(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # A cast of the whole network (`net.to(torch.bfloat16)`) must not round the scales.
         scale = self.scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scale.dtype != torch.float32:
             self.scale = scale.to(self.scale.device)
         return self
@@ -105,7 +105,7 @@ def quantize_linears(net: nn.Module) -> None:
         parent_name, _, child_name = name.rpartition(".")
         parent = net.get_submodule("blocks").get_submodule(parent_name)
         linear = getattr(parent, child_name)
-        assert isinstance(linear, nn.Linear)  # noqa: S101  # as selected above; tells mypy
+        assert isinstance(linear, nn.Linear)  # as selected above; tells mypy
         setattr(parent, child_name, Int8Linear.from_linear(linear))
 
 

@@ -127,7 +127,7 @@ class _Attention(nn.Module):
         return rms_norm_rope(x_BLM, norm.weight, rope, num_heads=self.num_heads, eps=self.eps, provider=provider)
 
     def _split_heads(self, x_BLM: torch.Tensor) -> torch.Tensor:
-        return x_BLM.unflatten(-1, (self.num_heads, -1))
+        return x_BLM.view(*x_BLM.shape[:-1], self.num_heads, -1)
 
 
 class SelfAttention(_Attention):

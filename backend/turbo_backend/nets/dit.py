@@ -237,11 +237,11 @@ class WanDiT(nn.Module):
         _, projection = self.time_projection
         embeddings, projections = [], []
         # Sample by sample: a product with one row takes another path on the CPU than one with several.
-        for sinusoid_1F in sinusoidal_embedding(timesteps_B, self.config.freq_dim).to(self.device).split(1):
+        for sinusoid_1F in sinusoidal_embedding(timesteps_B, self.config.freq_dim).to(self.device)[:, None]:
             time_1M = _linear_fp32(second, F.silu(_linear_fp32(first, sinusoid_1F)))
             embeddings.append(time_1M)
             projections.append(_linear_fp32(projection, F.silu(time_1M)))
-        time_6BM = torch.cat(projections).unflatten(1, (6, -1)).transpose(0, 1)
+        time_6BM = torch.cat(projections).view(-1, 6, self.config.dim).transpose(0, 1)
         table = torch.stack([block.modulation[0] for block in self._typed_blocks()]).float()
         return torch.cat(embeddings), table[:, :, None] + time_6BM
 
