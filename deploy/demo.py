@@ -13,7 +13,6 @@ from pathlib import Path
 from rich.console import Console
 
 from turbo_backend.server.process import TritonServer
-from turbo_backend.server.repository import find_model_repository
 from turbo_client import Client
 
 PROMPT = "A red cat walks to the left across a sunny meadow, soft morning light, 电影感"
@@ -25,7 +24,7 @@ def main() -> None:
     output.mkdir(exist_ok=True)
     started = time.perf_counter()
     console.print("Starting Triton Inference Server with the embedded tiny model ...")
-    with TritonServer(find_model_repository()) as server, Client(server.grpc_url) as client:
+    with TritonServer() as server, Client(server.grpc_url) as client:
         ready = time.perf_counter() - started
         console.print(f"Ready after {ready:.1f} s at grpc://{server.grpc_url}")
         console.print(f"Prompt: {PROMPT}")
@@ -34,7 +33,8 @@ def main() -> None:
             for progress in stream:
                 console.print(f"  {progress.stage:12} {progress.step}/{progress.num_steps}  {progress.seconds:5.1f} s")
             video = stream.result()
-        path = video.save(output / "demo.mp4")
+        path = output / "demo.mp4"
+        video.save(path)
     seconds = time.perf_counter() - started
     shown = video.report["video"]
     console.print(f"Wrote {path} in {seconds:.1f} s, server start and stop included")

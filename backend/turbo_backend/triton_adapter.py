@@ -1,6 +1,7 @@
 """What the three `model.py` adapters share: Triton requests to Python values, our errors to Triton's.
 
-`triton_python_backend_utils` exists only inside a Triton stub, so it is imported here and nowhere else in the package.
+`triton_python_backend_utils` exists only inside a Triton stub, so it is imported here and nowhere else in the package;
+its classes are there once the model is loaded, not yet while this module is imported.
 """
 
 from __future__ import annotations
@@ -13,18 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack
 
 from turbo_backend.errors import InvalidArgument, TurboError
 
 _log = logging.getLogger(__name__)
-_CODES = {
-    "INTERNAL": pb_utils.TritonError.INTERNAL,
-    "INVALID_ARG": pb_utils.TritonError.INVALID_ARG,
-    "UNAVAILABLE": pb_utils.TritonError.UNAVAILABLE,
-    "CANCELLED": pb_utils.TritonError.CANCELLED,
-}
-FINAL: int = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 def read_scalar(request: Any, name: str) -> object | None:
@@ -75,8 +69,8 @@ def read_parameters(request: Any) -> Mapping[str, object]:
 
 
 def write_tensor(name: str, tensor: torch.Tensor) -> Any:
-    """An output of batch size 1."""
-    return pb_utils.Tensor.from_dlpack(name, to_dlpack(tensor[None].contiguous()))
+    """An output of batch size 1 from a tensor on the CPU."""
+    return write_array(name, tensor.numpy())
 
 
 def write_array(name: str, array: np.ndarray) -> Any:
@@ -103,7 +97,12 @@ def error_response(error: TurboError, request_id: str) -> Any:
     if error.code == "INTERNAL":
         _log.error("request %s: %s", request_id or "without id", message)
         message = f"{message} (request {request_id or 'without id'})"
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, _CODES[error.code]))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, error.code)))
+
+
+def send(sender: Any, answer: Any, *, final: bool) -> None:
+    """Sends one of a decoupled request's responses."""
+    sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
 
 
 def response(*tensors: Any) -> Any:

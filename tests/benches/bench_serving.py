@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from turbo_backend.manifest import versions
 from turbo_backend.pipeline import Pipeline
 from turbo_backend.server.process import TritonServer
-from turbo_backend.server.repository import find_model_repository
 from turbo_backend.settings import Settings
 from turbo_client import Client, Video
 
@@ -74,7 +73,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=16)
     arguments = parser.parse_args()
     pipeline = Pipeline.from_settings(Settings.from_environment())
-    with TritonServer(find_model_repository()) as server, Client(server.grpc_url) as client:
+    with TritonServer() as server, Client(server.grpc_url) as client:
         overhead = measure_overhead(client, pipeline, arguments.runs)
         measure_throughput(client, 8, 8)  # warm-up of the batched shapes
         alone, alone_videos = measure_throughput(client, arguments.videos // 2, 1)

@@ -63,7 +63,7 @@ class TextEncoderStage:
     ) -> None:
         self._encoder = encoder
         self._tokenizer = tokenizer
-        self._text_len = text_len
+        self.text_len = text_len
         self._cache_entries = cache_entries
         self._fingerprint = fingerprint
         self._cache: OrderedDict[tuple[int, ...], torch.Tensor] = OrderedDict()
@@ -115,8 +115,8 @@ class TextEncoderStage:
         if not cleaned:
             raise InvalidArgument("PROMPT", text, "a description of the video, not empty")
         tokens = self._tokenizer.encode(cleaned)
-        if len(tokens) > self._text_len:
-            raise InvalidArgument("PROMPT", f"{len(tokens)} tokens", f"at most {self._text_len} tokens long")
+        if len(tokens) > self.text_len:
+            raise InvalidArgument("PROMPT", f"{len(tokens)} tokens", f"at most {self.text_len} tokens long")
         return tokens
 
     @torch.inference_mode()

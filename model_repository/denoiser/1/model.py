@@ -36,9 +36,9 @@ class TritonPythonModel:
         ids = [request.request_id() for request in requests]
         for index, update in self._stage.denoise([self._read(request) for request in requests]):
             if isinstance(update, TurboError):
-                senders[index].send(triton.error_response(update, ids[index]), flags=triton.FINAL)
+                triton.send(senders[index], triton.error_response(update, ids[index]), final=True)
             else:
-                senders[index].send(self._respond(update), flags=triton.FINAL if update.report else 0)
+                triton.send(senders[index], self._respond(update), final=update.report is not None)
 
     def _read(self, request):
         try:

@@ -10,7 +10,7 @@ from turbo_backend.stages.loading import load_text_encoder
 
 class TritonPythonModel:
     def initialize(self, args):
-        self._stage, self._text_len = load_text_encoder(Settings.from_environment())
+        self._stage = load_text_encoder(Settings.from_environment())
 
     def execute(self, requests):
         prompts = [self._read(request) for request in requests]
@@ -29,7 +29,7 @@ class TritonPythonModel:
     def _respond(self, request, outcome):
         if isinstance(outcome, TurboError):
             return triton.error_response(outcome, request.request_id())
-        padded = torch.zeros(self._text_len, outcome.embeddings.shape[1])
+        padded = torch.zeros(self._stage.text_len, outcome.embeddings.shape[1])
         padded[: outcome.length] = outcome.embeddings
         return triton.response(
             triton.write_tensor("TEXT_EMBEDDINGS", padded),

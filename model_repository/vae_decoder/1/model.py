@@ -31,12 +31,12 @@ class TritonPythonModel:
             try:
                 latents = triton.read_tensor(request, "LATENTS")
                 has_latents = latents.shape[1] > 0
-                sender.send(self._pass_progress_through(request), flags=0 if has_latents else triton.FINAL)
+                triton.send(sender, self._pass_progress_through(request), final=not has_latents)
                 if has_latents:
                     waiting.append((sender, request_id, self._read(request, latents)))
             except Exception as error:
                 response = triton.error_response(as_turbo_error(error, "vae_decoder"), request_id)
-                sender.send(response, flags=triton.FINAL)
+                triton.send(sender, response, final=True)
         if waiting:
             self._queue.put(waiting)
 
@@ -63,9 +63,10 @@ class TritonPythonModel:
             senders, ids, requests = zip(*batch, strict=True)
             for index, update in self._stage.decode(requests):
                 if isinstance(update, TurboError):
-                    senders[index].send(triton.error_response(update, ids[index]), flags=triton.FINAL)
+                    triton.send(senders[index], triton.error_response(update, ids[index]), final=True)
                 elif isinstance(update, DecodedChunk):
-                    senders[index].send(_respond("vae_decoder", update.step, update.step_count))
+                    answer = _respond("vae_decoder", update.step, update.step_count)
+                    triton.send(senders[index], answer, final=False)
                 else:
                     done = _respond(
                         "done",
@@ -75,7 +76,7 @@ class TritonPythonModel:
                         frames=update.frames,
                         report=json.dumps(update.report, ensure_ascii=False),
                     )
-                    senders[index].send(done, flags=triton.FINAL)
+                    triton.send(senders[index], done, final=True)
 
 
 def _respond(stage, step, step_count, *, preview=b"", video=b"", frames=NO_FRAMES, report=""):
