@@ -28,12 +28,12 @@ WriteModel = Callable[..., Path]
 Leftovers = Callable[[str], list[str]]
 
 
-def call(channel: grpc.Channel, model: str, value: float) -> float:
+def call(channel: grpc.Channel, model: str, value: float, *metadata: tuple[str, str]) -> float:
     """One request over the stream; its first answer."""
     request = service_pb2.ModelInferRequest(model_name=model)
     request.inputs.add(name="X", datatype="FP32", shape=[1]).contents.fp32_contents.append(value)
     stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-    (answer,) = stub.ModelStreamInfer(iter([request]))
+    (answer,) = stub.ModelStreamInfer(iter([request]), metadata=metadata)
     assert not answer.error_message
     (number,) = memoryview(answer.infer_response.raw_output_contents[0]).cast("f")
     return float(number)
@@ -164,7 +164,7 @@ def test_starts_anew_when_a_free_port_was_lost(
     assert f"port {stolen} was taken by another process; starting anew" in caplog.text
 
 
-def test_forwards_options_of_triton(tmp_path: Path, write_model: WriteModel) -> None:
+def test_forwards_tls_options_of_triton(tmp_path: Path, write_model: WriteModel) -> None:
     """TLS on gRPC is Triton's own business; the launcher only passes it on."""
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")
@@ -184,6 +184,20 @@ def test_forwards_options_of_triton(tmp_path: Path, write_model: WriteModel) -> 
             assert call(channel, "echo", 2.5) == 2.5
         with grpc.insecure_channel(server.grpc_url) as channel, pytest.raises(grpc.RpcError):
             call(channel, "echo", 2.5)
+        server.stop(0)
+
+
+def test_forwards_the_api_key_option_of_triton(tmp_path: Path, write_model: WriteModel) -> None:
+    repository = write_model(tmp_path, "echo")
+    options = ["--grpc-restricted-protocol=inference:api-key=secret"]
+    with (
+        TritonServer(repository, options=options, ready_timeout=60) as server,
+        grpc.insecure_channel(server.grpc_url) as channel,
+    ):
+        with pytest.raises(grpc.RpcError) as refused:
+            call(channel, "echo", 2.5)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert call(channel, "echo", 2.5, ("triton-grpc-protocol-api-key", "secret")) == 2.5
         server.stop(0)
 
 

@@ -7,6 +7,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -55,7 +56,8 @@ _OWN_OPTIONS = {
 }
 _START_ATTEMPTS = 5
 _TAIL_BYTES = 1 << 16
-_TAIL_LINES = 40
+_TAIL_LINES = 30
+_TAIL_WIDTH = 400
 
 
 class TritonServer:
@@ -341,9 +343,17 @@ class TritonServer:
         end = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, end - _TAIL_BYTES))
         lines = self._log.read().decode("utf-8", "replace").splitlines()
-        # Triton's tables of options and models say nothing about what went wrong.
-        lines = [line for line in lines if line.strip() and not line.startswith(("|", "+--"))]
-        return "; the end of its log:\n" + "\n".join(lines[-_TAIL_LINES:])
+        told = [
+            line if len(line) <= _TAIL_WIDTH else f"{line[:_TAIL_WIDTH]} ..." for line in lines if _is_telling(line)
+        ]
+        return "; the end of its log:\n" + "\n".join(told[-_TAIL_LINES:])
+
+
+def _is_telling(line: str) -> bool:
+    """False for what says nothing about a failure: Triton's tables and its remarks on normal progress."""
+    return bool(line.strip()) and not re.match(
+        r"\||\+--|I\d{4} \S+ \d+ (?!pb_stub)|Error: Failed to initialize NVML|  <frozen importlib", line
+    )
 
 
 def _check_options(options: Sequence[str]) -> None:
