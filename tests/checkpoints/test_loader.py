@@ -260,3 +260,15 @@ def test_buffer_left_on_meta_is_our_own_error(small_net: nn.Module, small_state:
     small_net.register_buffer("cache", torch.empty(3, device="meta"), persistent=False)
     with pytest.raises(RuntimeError, match="cache"):
         load_into(small_net, open_checkpoint(write(small_state, "a.pth")), device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("quant_linear", [False, True])
+def test_gpu_holds_the_same_weights(dit_state: State, write: Write, dit_config: DiTConfig, quant_linear: bool) -> None:
+    layout = DenoiserLayout(dit_config, quant_linear=quant_linear)
+    checkpoint = open_checkpoint(write(dit_state, "a.pth"))
+    on_cpu = layout.load(checkpoint, device="cpu", dtype=torch.bfloat16).state_dict()
+    for key, tensor in layout.load(checkpoint, device="cuda", dtype=torch.bfloat16).state_dict().items():
+        assert tensor.device.type == "cuda"
+        assert torch.equal(tensor.cpu(), on_cpu[key]), key

@@ -176,17 +176,19 @@ def weights_command(
         table = Table("file", "for", "state", "size", "from", box=None)
         for status in statuses:
             size = status.size if status.size is not None else status.expected_size
-            table.add_row(
-                escape(status.name), status.kind, status.state, "" if size is None else _size(size), status.repository
-            )
+            shown = _size(size) if size is not None else f"about {_size(status.estimated_size or 0)}"
+            table.add_row(escape(status.name), status.kind, status.state, shown, status.repository)
         console = _stdout()
         console.print(table)
         for status in statuses:
             if status.problem:
                 console.print(escape(status.problem))
-    if any(status.state in ("absent", "wrong") for status in statuses):
-        if not download and not as_json:
-            typer.echo("fetch absent files with --download", err=True)
+    states = {status.state for status in statuses}
+    if "absent" in states:
+        typer.echo("fetch absent files with --download", err=True)
+    if "wrong" in states:
+        typer.echo("files that are wrong are never replaced: remove them and use --download", err=True)
+    if states & {"absent", "wrong"}:
         raise typer.Exit(1)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,13 +161,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def total_bytes(specs: Specs, keys: Iterable[str] | None = None) -> int:
-    """Bytes of the tensors as they stand."""
-    total = 0
-    for key in specs if keys is None else keys:
-        shape, dtype = specs[key]
-        count = dtype.itemsize
-        for length in shape:
-            count *= length
-        total += count
-    return total
+def total_bytes(specs: Specs) -> int:
+    """Bytes of all tensors."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -88,10 +89,7 @@ class Checkpoint:
 
     def num_bytes(self, key: str) -> int:
         shape, dtype = self._specs[key]
-        count = dtype.itemsize
-        for length in shape:
-            count *= length
-        return count
+        return math.prod(shape) * dtype.itemsize
 
     def tensor(self, key: str) -> torch.Tensor:
         """The tensor as a view of the mapped file: copy it before the file may change, and never write to it."""

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from turbo_backend.checkpoints.comparison import explain
+import torch
+
+from turbo_backend.checkpoints.comparison import explain, total_bytes
 from turbo_backend.checkpoints.files import SUFFIXES, TOKENIZER_FILES
 from turbo_backend.checkpoints.fingerprint import file_sha256
 from turbo_backend.checkpoints.layouts import checkpoint_specs, layout_of
@@ -28,6 +30,7 @@ class FileStatus:
         state: `not needed` is an absent file that another one stands in for.
         size: bytes found.
         expected_size: bytes published, where known.
+        estimated_size: bytes of the tensors such a file holds, where the published size is not known.
         problem: why the state is `wrong`.
     """
 
@@ -38,6 +41,7 @@ class FileStatus:
     state: State
     size: int | None = None
     expected_size: int | None = None
+    estimated_size: int | None = None
     num_tensors: int | None = None
     problem: str | None = None
 
@@ -83,7 +87,8 @@ def _check(model: ModelConfig, file: PublishedFile, folder: Path, *, sha256: boo
         return FileStatus(state=state, **published, **found)  # type: ignore[arg-type]
 
     if not (path.exists() or path.is_symlink()):
-        return status("absent")
+        estimated = None if file.size or file.kind == "tokenizer" else _estimate(model, file)
+        return status("absent", estimated_size=estimated)
     is_original = path.name == Path(file.name).name
     try:
         size = path.stat().st_size
@@ -104,6 +109,17 @@ def _check(model: ModelConfig, file: PublishedFile, folder: Path, *, sha256: boo
         return status("wrong", problem=str(error))
     except OSError as error:
         return status("wrong", problem=f"{path}: cannot be read: {error.strerror or error}")
+
+
+def _estimate(model: ModelConfig, file: PublishedFile) -> int:
+    """Floating tensors are published in bfloat16, but for the scales of int8 weights."""
+    specs = layout_of(model, file.kind, quant_linear=file.quantized).specs
+    return total_bytes(
+        {
+            key: (shape, torch.bfloat16 if dtype.is_floating_point and not key.endswith(".scale") else dtype)
+            for key, (shape, dtype) in specs.items()
+        }
+    )
 
 
 def _find(folder: Path, file: PublishedFile) -> Path:

@@ -7,6 +7,7 @@ only their shapes in advance. The format is eight bytes of header length, a JSON
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -25,11 +26,9 @@ _WRITE_BYTES = 32 << 20
 
 
 def num_bytes(spec: TensorSpec) -> int:
+    """Bytes of one tensor."""
     shape, dtype = spec
-    count = dtype.itemsize
-    for length in shape:
-        count *= length
-    return count
+    return math.prod(shape) * dtype.itemsize
 
 
 def write_safetensors(
