@@ -206,3 +206,11 @@ def start_server(fake: FakeTriton, credentials: grpc.ServerCredentials | None = 
     fake.address = f"127.0.0.1:{port}"
     server.start()
     return server
+
+
+if __name__ == "__main__":  # a server of its own process, for tests that kill it
+    own = FakeTriton(b"")
+    own.answer = own.hang
+    running = start_server(own)
+    print(own.address, flush=True)
+    running.wait_for_termination()
