@@ -9,10 +9,12 @@ from turbo_kernels.linear_attention import linear_attention
 from turbo_kernels.providers import default_provider
 from turbo_kernels.rms_norm_rope import rms_norm_rope
 from turbo_kernels.sage_attention import sage_attention
+from turbo_kernels.self_check import SelfCheck, self_check
 from turbo_kernels.sparse_attention import sparse_attention
 
 __all__ = [
     "BlockMap",
+    "SelfCheck",
     "attention_geometry",
     "block_map",
     "default_provider",
@@ -24,6 +26,7 @@ __all__ = [
     "quantize_int8_blockwise",
     "rms_norm_rope",
     "sage_attention",
+    "self_check",
     "sla_attention",
     "sparse_attention",
 ]

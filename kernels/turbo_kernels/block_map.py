@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from turbo_kernels.checks import check_attention_inputs
-from turbo_kernels.providers import device_of, resolve_provider
+from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
 #: Key blocks a row of scores is padded to: one compiled kernel each, whatever the length.
 _ROW_SIZES = (512, 2048, 8192)
@@ -246,10 +246,25 @@ def select_blocks(
     indices = torch.empty(shape, dtype=torch.int32, device=pooled_q.device)
     with device_of(pooled_q):
         score_kernel[(triton.cdiv(num_k_blocks, _SCORE_TILE), triton.cdiv(num_q_blocks, _SCORE_TILE), BH)](
-            pooled_q, pooled_k, k_mean, scores, num_q_blocks, num_k_blocks, D=D, TILE=_SCORE_TILE, num_warps=4
+            pooled_q,
+            pooled_k,
+            k_mean,
+            scores,
+            num_q_blocks,
+            num_k_blocks,
+            D=D,
+            TILE=_SCORE_TILE,
+            num_warps=4,
+            enable_fp_fusion=FUSE_FMA,
         )
         select_kernel[(BH * num_q_blocks,)](
-            scores, indices, num_k_blocks, num_selected, ROW=row, num_warps=max(1, row // 2048)
+            scores,
+            indices,
+            num_k_blocks,
+            num_selected,
+            ROW=row,
+            num_warps=max(1, row // 2048),
+            enable_fp_fusion=FUSE_FMA,
         )
     return indices
 
@@ -260,7 +275,9 @@ def pool_blocks_triton(x_BLHD: torch.Tensor, block: int) -> torch.Tensor:
     blocks = num_blocks(L, block)
     means = torch.empty(B * H, blocks, D, dtype=torch.float32, device=x_BLHD.device)
     with device_of(x_BLHD):
-        pool_kernel[(blocks, B * H)](x_BLHD, means, L, blocks, *x_BLHD.stride()[:3], H, D=D, BLOCK=block, num_warps=4)
+        pool_kernel[(blocks, B * H)](
+            x_BLHD, means, L, blocks, *x_BLHD.stride()[:3], H, D=D, BLOCK=block, num_warps=4, enable_fp_fusion=FUSE_FMA
+        )
     return means
 
 
@@ -272,6 +289,6 @@ def _block_map_triton(
     k_mean = torch.empty(B * H, D, dtype=torch.float32, device=q_BLHD.device)
     with device_of(q_BLHD):
         mean_of_blocks_kernel[(B * H,)](
-            pooled_k, k_mean, L, pooled_k.shape[1], D=D, BLOCK=block_k, ROWS=32, num_warps=4
+            pooled_k, k_mean, L, pooled_k.shape[1], D=D, BLOCK=block_k, ROWS=32, num_warps=4, enable_fp_fusion=FUSE_FMA
         )
     return select_blocks(pooled_q, pooled_k, k_mean, num_selected, (B, H, pooled_q.shape[1], num_selected))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from turbo_kernels.checks import check_float
-from turbo_kernels.providers import device_of, resolve_provider
+from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
 _ROWS, _COLUMNS = 16, 256
 
@@ -71,6 +71,6 @@ def _gate_residual_triton(x_BLD: torch.Tensor, y_BLD: torch.Tensor, gate_BD: tor
     with device_of(x):
         gate_residual_kernel[(triton.cdiv(D, _COLUMNS), triton.cdiv(L, _ROWS), B)](
             x, y, gate, out, L, D, *x.stride()[:2], *y.stride()[:2], gate.stride(0),
-            ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
+            ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return out

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from turbo_kernels.block_map import num_blocks
 from turbo_kernels.checks import check_float
-from turbo_kernels.providers import device_of, resolve_provider
+from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
 BLOCK = 128
 AMAX_FLOOR = 1e-8
@@ -213,6 +213,6 @@ def _int8_linear_triton(
             x8, x_scale, int8_weight_NK.contiguous(), weight_scale.contiguous(),
             y if bias_N is None else bias_N.contiguous(), y, L, N, K, rows, columns, num_blocks(K, BLOCK),
             BLOCK=BLOCK, GROUP=8, WHOLE_K=K % BLOCK == 0, BIAS=bias_N is not None,
-            num_warps=8, num_stages=3,
+            num_warps=8, num_stages=3, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return y

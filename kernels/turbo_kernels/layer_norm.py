@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from turbo_kernels.checks import check_float
-from turbo_kernels.providers import device_of, resolve_provider
+from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
 
 def layer_norm_modulate(
@@ -130,6 +130,7 @@ def _layer_norm_triton(
             x_BLD if shift_BD is None else shift_BD,
             y, L, D, eps, *x_BLD.stride()[:2],
             0 if scale_BD is None else scale_BD.stride(0), 0 if shift_BD is None else shift_BD.stride(0),
-            ROW=row, AFFINE=weight is not None, MODULATE=scale_BD is not None, num_warps=row_warps(row),
+            ROW=row, AFFINE=weight is not None, MODULATE=scale_BD is not None,
+            num_warps=row_warps(row), enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return y

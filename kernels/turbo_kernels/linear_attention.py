@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from turbo_kernels.checks import check_attention_inputs
-from turbo_kernels.providers import device_of, resolve_provider
+from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 from turbo_kernels.summary import linear_branch, summarize
 
 DENOMINATOR_FLOOR = 1e-5
@@ -79,6 +79,6 @@ def _linear_attention_triton(q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD:
     with device_of(q_BLHD):
         linear_attention_kernel[(triton.cdiv(L, 64), B * H)](
             q_BLHD, summary.kv, summary.phi_sum, out, L, DENOMINATOR_FLOOR / L, *q_BLHD.stride()[:3], H,
-            D=D, BLOCK=64, num_warps=4,
+            D=D, BLOCK=64, num_warps=4, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return out

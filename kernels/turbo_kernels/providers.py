@@ -18,6 +18,9 @@ PROVIDERS = ("reference", "triton", "spargeattn")
 #: Read once, as triton itself reads it once: a kernel is bound to the interpreter when it is decorated.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
+#: Contraction of a * b + c, said at every launch: triton 3.10 changes its default, and results must not move with it.
+FUSE_FMA = True
+
 
 def default_provider(device: torch.device | str) -> str:
     """`triton` on a CUDA device, `reference` elsewhere."""

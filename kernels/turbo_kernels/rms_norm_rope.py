@@ -15,7 +15,7 @@ import triton.language as tl
 
 from turbo_kernels.checks import check_float
 from turbo_kernels.layer_norm import row_warps
-from turbo_kernels.providers import device_of, resolve_provider
+from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
 
 def rms_norm_rope(
@@ -108,6 +108,7 @@ def _rms_norm_rope_triton(
         rms_norm_rope_kernel[(L, B)](
             x_BLD, weight_D.contiguous(), x_BLD if rope is None else rope.contiguous(), y, L, D, eps,
             *x_BLD.stride()[:2],
-            ROW=row, HEAD_DIM=D // num_heads, ROTATE=rope is not None, num_warps=row_warps(row),
+            ROW=row, HEAD_DIM=D // num_heads, ROTATE=rope is not None,
+            num_warps=row_warps(row), enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return y

@@ -25,7 +25,7 @@ import triton.language as tl
 from turbo_kernels.block_map import BlockMap, check_block_map, num_blocks
 from turbo_kernels.checks import check_attention_inputs
 from turbo_kernels.linear_attention import DENOMINATOR_FLOOR
-from turbo_kernels.providers import device_of, has_fp8, resolve_provider
+from turbo_kernels.providers import FUSE_FMA, device_of, has_fp8, resolve_provider
 from turbo_kernels.spargeattn import sage_attention_spargeattn
 from turbo_kernels.sparse_attention import num_stages, split_blocks
 from turbo_kernels.summary import V_AMAX_FLOOR, V_MAX, Summary, linear_branch, summarize
@@ -352,6 +352,6 @@ def sage_attention_triton(
             L, num_q_blocks, num_k_blocks, block_map.num_selected, DENOMINATOR_FLOOR / L,
             D**-0.5 * math.log2(math.e), math.log2(P_MAX_FP8) if fp8 else 0.0, *q_BLHD.stride()[:3], H,
             D=D, BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=proj_bias_D is not None,
-            num_warps=8 if block_q == 128 else 4, num_stages=num_stages(q_BLHD),
+            num_warps=8 if block_q == 128 else 4, num_stages=num_stages(q_BLHD), enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return out

@@ -17,7 +17,7 @@ import triton.language as tl
 from turbo_kernels.block_map import BlockMap, check_block_map, num_blocks
 from turbo_kernels.checks import check_attention_inputs
 from turbo_kernels.linear_attention import DENOMINATOR_FLOOR
-from turbo_kernels.providers import device_of, resolve_provider
+from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 from turbo_kernels.summary import Summary, linear_branch
 
 
@@ -175,7 +175,7 @@ def sparse_attention_triton(
             L, num_q_blocks, block_map.num_selected, DENOMINATOR_FLOOR / L, D**-0.5 * math.log2(math.e),
             *q_BLHD.stride()[:3], *k_BLHD.stride()[:3], *v_BLHD.stride()[:3], H,
             D=D, BLOCK_Q=block_map.block_q, BLOCK_K=block_map.block_k, LINEAR=summary is not None,
-            num_warps=8 if block_map.block_q == 128 else 4, num_stages=num_stages(q_BLHD),
+            num_warps=8 if block_map.block_q == 128 else 4, num_stages=num_stages(q_BLHD), enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return out
 

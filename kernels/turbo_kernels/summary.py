@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turbo_kernels.providers import device_of
+from turbo_kernels.providers import FUSE_FMA, device_of
 
 #: Tokens a program sums up; a multiple of every block size.
 CHUNK = 1024
@@ -204,13 +204,14 @@ def summarize(
         summarize_chunk_kernel[(num_chunks, B * H)](
             k_BLHD, v_BLHD, pooled_k, k_sums, v_amaxes, phi_sums, kv_sums, L, num_chunks, num_k_blocks,
             *k_BLHD.stride()[:3], *v_BLHD.stride()[:3], H,
-            D=D, BLOCK=block_k, CHUNK=CHUNK, LINEAR=linear, num_warps=8, num_stages=2,
+            D=D, BLOCK=block_k, CHUNK=CHUNK, LINEAR=linear, num_warps=8, num_stages=2, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
         reduce_chunks_kernel[(D // _ROWS if linear else 1, B * H)](
             k_sums, v_amaxes, phi_sums, kv_sums, k_mean, v_scale,
             k_mean if phi_sum is None else phi_sum, k_mean if kv is None else kv,
             k_mean if proj_weight_DD is None else proj_weight_DD,
             L, num_chunks, V_MAX, V_AMAX_FLOOR,
-            D=D, ROWS=_ROWS, LINEAR=linear, PROJECT=proj_weight_DD is not None, num_warps=4, num_stages=2,
+            D=D, ROWS=_ROWS, LINEAR=linear, PROJECT=proj_weight_DD is not None,
+            num_warps=4, num_stages=2, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return Summary(k_mean, pooled_k, v_scale, phi_sum, kv)
