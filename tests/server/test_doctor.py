@@ -21,7 +21,7 @@ COMMAND = str(Path(sys.executable).with_name("turbodiffusion-server"))
 
 
 def run_doctor(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TURBO_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TURBO_", "TRITON"))}
     return subprocess.run(
         [COMMAND, "doctor", *arguments], capture_output=True, text=True, check=False, env={**environment, **variables}
     )
@@ -39,6 +39,7 @@ def test_this_machine_can_serve() -> None:
     assert "tiny-T2V" in found["weights"]["detail"]
     assert f"with torch {torch.__version__}" in found["tritonserver starts"]["detail"]
     assert found["provider reference"]["detail"] == "available; would be used (the default on a CPU)"
+    assert found["kernels"]["detail"] == "reference on cpu: every op agrees with the fp32 reference"
     remarks = [finding["detail"] for finding in report["findings"] if finding["state"] == "warning"]
     assert any("did you mean TURBO_MODEL?" in remark for remark in remarks)
     assert report["would_use"]["attention_provider"] == "reference"
@@ -55,6 +56,14 @@ def test_what_cannot_serve_exits_with_one(tmp_path: Path) -> None:
     assert failed == ["weights", "tritonserver"]
     assert "TurboWan2.1-T2V-1.3B-480P.pth" in finished.stdout
     assert "TRITONSERVER: /nowhere is not an executable file" in finished.stdout
+
+
+def test_a_provider_that_cannot_run_here_is_said_so() -> None:
+    finished = run_doctor(TURBO_ATTENTION_PROVIDER="triton", TURBO_DEVICE="cpu", TRITONSERVER="/nowhere")
+    assert finished.returncode == 1
+    failed = [line.split()[1] for line in finished.stdout.splitlines() if line.startswith("failed")]
+    assert failed == ["provider", "kernels", "tritonserver"]
+    assert "would be used (TURBO_ATTENTION_PROVIDER says so)" in finished.stdout
 
 
 @pytest.mark.parametrize(

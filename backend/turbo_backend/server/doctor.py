@@ -113,6 +113,7 @@ def diagnose(environ: Mapping[str, str] | None = None) -> Diagnosis:
         settings = Settings.from_environment(environ)
         look("weights", lambda: _check_weights(settings))
         look("providers", lambda: _check_providers(settings))
+        look("kernels", lambda: _check_kernels(settings))
     look("model repository", _check_repository)
     look("tritonserver", lambda: _check_triton(environ, would_use))
     return Diagnosis(findings=tuple(findings), would_use=would_use)
@@ -274,6 +275,27 @@ def _check_providers(settings: Settings) -> Iterator[Finding]:
             state = "failed" if obstacle else "ok"
             detail += f"; would be used ({why})"
         yield Finding(name=f"provider {name}", state=state, detail=detail)
+
+
+def _check_kernels(settings: Settings) -> Iterator[Finding]:
+    from turbo_kernels import self_check
+
+    provider = settings.provider
+    try:
+        check = self_check(settings.device, settings.served_model.dit.head_dim, provider)
+    except Exception as error:  # whatever a compiler or a driver raises is the finding
+        detail = f"{provider} on {settings.device}: {type(error).__name__}: {error}"
+        yield Finding(name="kernels", state="failed", detail=detail)
+        return
+    over = [
+        f"{name} {error:.2g} (limit {check.limits[name]:.2g})"
+        for name, error in check.details.items()
+        if not error <= check.limits[name]
+    ]
+    verdict = f"off the fp32 reference: {', '.join(over)}" if over else "every op agrees with the fp32 reference"
+    yield Finding(
+        name="kernels", state="ok" if check.passed else "failed", detail=f"{provider} on {settings.device}: {verdict}"
+    )
 
 
 def _triton_obstacle(capability: tuple[int, int] | None) -> str | None:
