@@ -25,6 +25,10 @@ def _file(help_text: str) -> Any:
     return typer.Option(help=help_text, exists=True, dir_okay=False, readable=True, rich_help_panel=_CONNECTION)
 
 
+class UsageError(Exception):
+    """The call is wrong in a way that typer cannot see."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConnectionOptions:
     """How to reach the server."""
@@ -63,7 +67,7 @@ class ConnectionOptions:
         """A client as these options ask for it.
 
         Raises:
-            typer.BadParameter: they cannot work.
+            UsageError: they cannot work.
         """
         secure = (self.tls_ca, self.tls_cert, self.tls_key, self.tls_server_name)
         try:
@@ -79,7 +83,7 @@ class ConnectionOptions:
                 api_key_header=self.api_key_header,
             )
         except (ValueError, OSError) as error:
-            raise typer.BadParameter(str(error)) from None
+            raise UsageError(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +127,13 @@ class ParameterOptions:
         """The request as these options ask for it.
 
         Raises:
-            typer.BadParameter: a value cannot be sent.
+            UsageError: a value cannot be sent.
         """
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         try:
             return GenerationRequest(prompt, container=container, preview=preview, **values)
         except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+            raise UsageError(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)

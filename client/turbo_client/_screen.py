@@ -43,6 +43,11 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s"
 
 
+def stage_text(milliseconds: float) -> str:
+    """Such as "35 ms" or "1.2 s"."""
+    return f"{milliseconds:.0f} ms" if milliseconds < 950 else seconds_text(milliseconds / 1000)
+
+
 def bytes_text(count: int) -> str:
     """Such as "214 kB"."""
     size = float(count)
@@ -81,7 +86,7 @@ class Screen:
         stages = video.report.get("stages")
         if isinstance(stages, dict):
             parts = [
-                f"{_STAGE_NAMES.get(name, name)} {seconds_text(stage['milliseconds'] / 1000)}"
+                f"{_STAGE_NAMES.get(name, name)} {stage_text(stage['milliseconds'])}"
                 for name, stage in stages.items()
                 if isinstance(stage, dict) and isinstance(stage.get("milliseconds"), (int, float))
             ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -12,6 +13,9 @@ from turbo_client._errors import DeadlineExceededError, UnavailableError, Unreac
 from turbo_client._generation import Generation
 from turbo_client._requests import GenerationRequest
 from turbo_client._settings import TLS, RetryPolicy, Timeout
+
+#: What gRPC says before it says why.
+_GRPC_PREFACE = re.compile(r"failed to connect to all addresses; last error: [A-Z_]+: (ip\S+: )?")
 
 _P = ParamSpec("_P")
 _Self = TypeVar("_Self")
@@ -100,7 +104,8 @@ class Session:
             raise RuntimeError("this client is closed")
 
     def _unreachable(self, error: UnavailableError) -> UnreachableError:
-        return UnreachableError(f"cannot reach {self.url}: {error.message}", request_id=error.request_id)
+        reason = _GRPC_PREFACE.sub("", error.message)
+        return UnreachableError(f"cannot reach {self.url}: {reason}", request_id=error.request_id)
 
     def _never_ready(self, timeout: float, reason: str) -> DeadlineExceededError:
         return DeadlineExceededError(f"{self.url} was not ready within {timeout:g} s: {reason}")

@@ -37,13 +37,14 @@ from turbo_client._errors import (
 )
 from turbo_client._files import atomic_file
 from turbo_client._manifest import read_manifest
-from turbo_client._options import ConnectionOptions, OutputOptions, ParameterOptions, spread
+from turbo_client._options import ConnectionOptions, OutputOptions, ParameterOptions, UsageError, spread
 from turbo_client._requests import GenerationRequest
 from turbo_client._screen import Screen, manifest_table, status_table, stdout_console
 from turbo_client._video import Video
 
 #: The first class that an exception belongs to decides. The last one is for bugs: TURBO_DEBUG=1 shows where.
 EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (UsageError, 2),
     (InvalidArgumentError, 2),
     (ManifestError, 2),
     (UnreachableError, 3),
@@ -88,7 +89,7 @@ def _explained(command: Callable[..., _Result]) -> Callable[..., _Result]:
             # Whoever read our stdout has gone; Python would complain again when flushing it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        except (typer.Exit, typer.Abort, typer.BadParameter):
+        except typer.Exit:
             raise
         except tuple(kind for kind, _ in EXIT_CODES) as error:
             if os.environ.get("TURBO_DEBUG"):
@@ -106,7 +107,7 @@ def _explained(command: Callable[..., _Result]) -> Callable[..., _Result]:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if isinstance(error, (TurboDiffusionError, OSError)):
+    if isinstance(error, (UsageError, TurboDiffusionError, OSError)):
         return str(error)
     return f"unexpected {type(error).__name__}: {error} (a bug; TURBO_DEBUG=1 shows where)"
 
@@ -156,7 +157,7 @@ def generate(
     if output is None:
         output = Path("out.npy" if container == "raw" else "out.mp4")
     if (container == "raw") != (output.suffix == ".npy"):
-        raise typer.BadParameter(f"{output} does not fit --container {container}: raw frames are written as .npy")
+        raise UsageError(f"{output} does not fit --container {container}: raw frames are written as .npy")
     text = _read_stdin() if prompt == "-" else prompt
     request = parameters.request(text, container=container, preview=delivery.preview_dir is not None)
     with connection.client() as client:
@@ -248,15 +249,15 @@ def _read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode().strip()
     except UnicodeDecodeError:
-        raise typer.BadParameter("the prompt on stdin is not UTF-8") from None
+        raise UsageError("the prompt on stdin is not UTF-8") from None
 
 
 def _check_output(output: Path, *, force: bool) -> None:
     """Refuses before minutes of work what could not be written after them."""
     if os.path.lexists(output) and not (output.exists() and not output.is_file()) and not force:
-        raise typer.BadParameter(f"{output} exists; --force replaces it")
+        raise UsageError(f"{output} exists; --force replaces it")
     if output.exists() and not output.is_file():
-        raise typer.BadParameter(f"{output} exists and is not a regular file")
+        raise UsageError(f"{output} exists and is not a regular file")
     _check_writable(output.parent)
 
 
@@ -264,19 +265,19 @@ def _check_preview_dir(folder: Path) -> None:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise typer.BadParameter(f"cannot make folder {folder}: {error.strerror}") from None
+        raise UsageError(f"cannot make folder {folder}: {error.strerror}") from None
     _check_writable(folder)
 
 
 def _check_writable(folder: Path) -> None:
     if not folder.is_dir():
-        raise typer.BadParameter(f"folder {folder} does not exist")
+        raise UsageError(f"folder {folder} does not exist")
     # Permission bits say little under network file systems and for root: write something.
     probe = folder / f".turbodiffusion-{os.getpid()}.part"
     try:
         probe.touch(exist_ok=False)
     except OSError as error:
-        raise typer.BadParameter(f"cannot write in folder {folder}: {error.strerror}") from None
+        raise UsageError(f"cannot write in folder {folder}: {error.strerror}") from None
     probe.unlink()
 
 

@@ -114,7 +114,7 @@ def test_generate(fake: FakeTriton, tmp_path: Path) -> None:
         "decoder 1/2  T",
         "decoder 2/2  T",
         f"32×16 · 5 frames · 16 fps · {len(fake.video) / 1000:.0f} kB · seed 4242 · T",
-        "text encoder T · denoiser T · decoder T · encoder T",
+        "text encoder 4 ms · denoiser 20 ms · decoder 9 ms · encoder 2 ms",
     ]
     assert read_inputs(fake.requests[0])["PROMPT"] == "a fox"
     assert read_parameters(fake.requests[0])["preview"] is False
