@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,10 +85,11 @@ def write_model() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def leftovers() -> Callable[[str], list[str]]:
-    """`leftovers(shm_prefix)` lists the processes and the shared memory that bear a server's name."""
+    """`leftovers(shm_prefix)` lists processes, shared memory and temporary folders that bear a server's name."""
 
     def find(prefix: str) -> list[str]:
         found = [f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if name.startswith(prefix)]  # noqa: S108
+        found += map(str, Path(tempfile.gettempdir()).glob(f"{prefix.rstrip('_')}*"))
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 command = (folder / "cmdline").read_bytes().decode("utf-8", "replace").replace("\0", " ")

@@ -135,9 +135,11 @@ def test_gives_up_on_a_model_that_loads_too_long(tmp_path: Path, write_model: Wr
 
 
 def test_starts_anew_when_a_free_port_was_lost(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, write_model: WriteModel
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, write_model: WriteModel, leftovers: Leftovers
 ) -> None:
     """The model takes the gRPC port of the first server that loads it, before that server can."""
+    ours = f"turbo-{os.getpid()}-"
+    before = set(leftovers(ours))
     code = f"""
     import os, pathlib, socket
 
@@ -161,6 +163,7 @@ def test_starts_anew_when_a_free_port_was_lost(
             stolen = thief.getsockname()[1]
             assert server.grpc_url.rpartition(":")[2] != str(stolen)
             server.stop(0)
+    assert set(leftovers(ours)) <= before, "nothing is left of either attempt"
     assert f"port {stolen} was taken by another process; starting anew" in caplog.text
 
 

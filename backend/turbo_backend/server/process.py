@@ -111,6 +111,7 @@ class TritonServer:
         self.log_path = log_path
         self.pid: int | None = None
         self._log_to_stderr = log_to_stderr
+        self._log_is_temporary = log_path is None and not log_to_stderr
         self._log: IO[bytes] | None = None
         self._installation = installation
         self._requested_ports = (http_port, grpc_port, metrics_port)
@@ -329,9 +330,10 @@ class TritonServer:
     def _open_log(self) -> int:
         if self._log_to_stderr:
             return sys.stderr.fileno()
-        if self.log_path is None:
+        if self._log_is_temporary:
             assert self._folder is not None
             self.log_path = self._folder / "server.log"
+        assert self.log_path is not None
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log = self.log_path.open("a+b")
         return self._log.fileno()
