@@ -159,8 +159,8 @@ def spread(*groups: type) -> Callable[[Callable[..., _Result]], Callable[..., _R
     """Replaces a command's parameters that are option groups by the fields of those groups."""
 
     def decorate(command: Callable[..., _Result]) -> Callable[..., _Result]:
-        hints = get_type_hints(command, include_extras=True)
-        own = [item.replace(annotation=hints[item.name]) for item in inspect.signature(command).parameters.values()]
+        # Not get_type_hints: before Python 3.11 it hides `Annotated` where the default is None.
+        own = inspect.signature(command, eval_str=True).parameters.values()
         names = {item.name: item.annotation for item in own if item.annotation in groups}
 
         @functools.wraps(command)
