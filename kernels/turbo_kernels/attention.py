@@ -133,10 +133,9 @@ def dense_attention(
     """
     check_attention_inputs(q=q_BLHD, k=k_BLHD, v=v_BLHD)
     resolve_provider(provider, q_BLHD.device, op="dense attention")
-    samples = zip(q_BLHD.split(1), k_BLHD.split(1), v_BLHD.split(1), strict=True)
     return torch.cat(
         [
-            F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-            for q, k, v in samples
+            F.scaled_dot_product_attention(*(x[b : b + 1].transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD)))
+            for b in range(q_BLHD.shape[0])
         ]
-    )
+    ).transpose(1, 2)

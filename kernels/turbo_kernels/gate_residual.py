@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -38,6 +40,7 @@ def gate_residual(
 
 
 @triton.jit(do_not_specialize=["L"])
+@no_type_check
 def gate_residual_kernel(
     x,
     y,

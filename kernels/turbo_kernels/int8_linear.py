@@ -10,6 +10,8 @@ the batch, which makes a request's result depend on its neighbours). Source: ups
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -91,10 +93,6 @@ def dequantize_int8_blockwise(x8_MK: torch.Tensor, scale: torch.Tensor) -> torch
     return x8_MK.float() * spread
 
 
-#: Adding and subtracting 1.5 * 2^23 rounds an fp32 below 2^22 to an integer, halves to even.
-_ROUNDER = tl.constexpr(12582912.0)
-
-
 def _quantize_reference(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     M, K = x_MK.shape
     rows, columns = num_blocks(M, BLOCK), num_blocks(K, BLOCK)
@@ -105,6 +103,7 @@ def _quantize_reference(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 @triton.jit(do_not_specialize=["M", "num_row_blocks"])
+@no_type_check
 def quantize_int8_kernel(
     x,
     x8,  # [B, M, K] contiguous
@@ -127,13 +126,15 @@ def quantize_int8_kernel(
     b_x = tl.load(x + i_b * stride_b + o_m[:, None] * stride_m + o_k[None, :], mask=inside, other=0.0).to(tl.float32)
     amax = tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), amax_floor)
     b_scaled = b_x * tl.div_rn(tl.full([], 128.0, dtype=tl.float32), amax)
-    b_rounded = (b_scaled + _ROUNDER) - _ROUNDER
+    # Adding and subtracting 1.5 * 2^23 rounds an fp32 below 2^22 to an integer, halves to even.
+    b_rounded = (b_scaled + 12582912.0) - 12582912.0
     b_x8 = tl.minimum(tl.maximum(b_rounded, -128.0), 127.0).to(tl.int8)
     tl.store(x8 + (i_b * M + o_m)[:, None] * K + o_k[None, :], b_x8, mask=inside)
     tl.store(scales + (i_b * num_row_blocks + i_row) * num_column_blocks + i_column, amax * (1.0 / 128.0))
 
 
 @triton.jit(do_not_specialize=["M", "num_row_blocks"])
+@no_type_check
 def int8_linear_kernel(
     x8,  # [B, M, K]
     x_scale,  # [B, num_row_blocks, num_k_blocks]

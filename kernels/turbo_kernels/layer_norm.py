@@ -8,6 +8,8 @@ Source: Wan2.1 (norms and adaLN modulation).
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -66,6 +68,7 @@ def layer_norm_modulate(
 
 
 @triton.jit(do_not_specialize=["L"])
+@no_type_check
 def layer_norm_kernel(
     x,
     weight,  # [D]

@@ -8,6 +8,8 @@ Keys are not smoothed here. Source: SLA paper.
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -47,6 +49,7 @@ def linear_attention_reference(q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLH
 
 
 @triton.jit(do_not_specialize=["L", "floor"])
+@no_type_check
 def linear_attention_kernel(
     q,
     kv,  # [BH, D, D]

@@ -10,8 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # triton before 3.4
+    TensorDescriptor = None
 
 PROVIDERS = ("reference", "triton", "spargeattn")
 
@@ -54,6 +60,22 @@ def resolve_provider(
 def has_fp8(device: torch.device) -> bool:
     """Whether the tensor cores of `device` multiply e4m3 (compute capability 8.9 and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def has_tile_descriptors(device: torch.device) -> bool:
+    """Whether kernels may fetch tiles with the bulk tensor copy engine: compute capability 9.0, triton 3.4 and later.
+
+    The same kernels fetch through pointers elsewhere, to the same bits.
+    """
+    if TensorDescriptor is None:
+        return False
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def tile_descriptors(tiles: torch.Tensor) -> Any:
+    """Descriptor of [..., rows, columns], contiguous, from which a kernel loads whole [rows, columns] tiles."""
+    rows, columns = tiles.shape[-2:]
+    return TensorDescriptor.from_tensor(tiles.view(-1, columns), [rows, columns])
 
 
 def device_of(x: torch.Tensor) -> AbstractContextManager[object]:

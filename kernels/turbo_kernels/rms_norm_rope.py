@@ -9,6 +9,8 @@ All in fp32, rounded once. Source: Wan2.1 (qk norm and 3-D rotary embedding).
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -68,6 +70,7 @@ def rms_norm_rope(
 
 
 @triton.jit(do_not_specialize=["L"])
+@no_type_check
 def rms_norm_rope_kernel(
     x,
     weight,  # [D]

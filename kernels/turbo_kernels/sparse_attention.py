@@ -8,6 +8,7 @@ Source: SLA paper, FlashAttention-2 for the online softmax.
 from __future__ import annotations
 
 import math
+from typing import no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,7 @@ def sparse_attention_reference(
 
 
 @triton.jit
+@no_type_check
 def _attend(
     b_q, p_k, p_v, i_block, stride_kl, stride_vl, L, row_max, row_sum, acc, scale,
     BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
@@ -95,6 +97,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["L", "num_q_blocks", "num_selected", "floor"])
+@no_type_check
 def sparse_attention_kernel(
     q,
     k,
@@ -175,13 +178,6 @@ def sparse_attention_triton(
             L, num_q_blocks, block_map.num_selected, DENOMINATOR_FLOOR / L, D**-0.5 * math.log2(math.e),
             *q_BLHD.stride()[:3], *k_BLHD.stride()[:3], *v_BLHD.stride()[:3], H,
             D=D, BLOCK_Q=block_map.block_q, BLOCK_K=block_map.block_k, LINEAR=summary is not None,
-            num_warps=8 if block_map.block_q == 128 else 4, num_stages=num_stages(q_BLHD), enable_fp_fusion=FUSE_FMA,
+            num_warps=4, num_stages=2, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return out
-
-
-def num_stages(x: torch.Tensor) -> int:
-    """Pipeline depth: 3 where a block gets more than 100 KiB of shared memory (sm80, 90, 100), else 2."""
-    if x.device.type != "cuda":
-        return 2
-    return 3 if torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin > 110_000 else 2

@@ -13,6 +13,7 @@ chunks of a fixed number of tokens, summed in order: neither batch size nor devi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import torch
 import triton
@@ -48,6 +49,7 @@ class Summary:
 
 
 @triton.jit
+@no_type_check
 def softmax_features(x):
     """softmax over the last dimension in fp32."""
     b_x = x.to(tl.float32)
@@ -56,6 +58,7 @@ def softmax_features(x):
 
 
 @triton.jit(do_not_specialize=["L", "num_chunks", "num_k_blocks"])
+@no_type_check
 def summarize_chunk_kernel(
     k,
     v,
@@ -117,6 +120,7 @@ def summarize_chunk_kernel(
 
 
 @triton.jit(do_not_specialize=["L", "num_chunks", "v_max"])
+@no_type_check
 def reduce_chunks_kernel(
     k_sums,
     v_amaxes,
@@ -168,6 +172,7 @@ def reduce_chunks_kernel(
 
 
 @triton.jit
+@no_type_check
 def linear_branch(b_q, kv, phi_sum, i_bh, floor, D: tl.constexpr):
     """phi(q) kv / (floor + phi(q) phi_sum) of one tile of queries, fp32 [BLOCK, D]."""
     o_d = tl.arange(0, D)
@@ -190,13 +195,12 @@ def summarize(
     B, L, H, D = k_BLHD.shape
     device = k_BLHD.device
     num_chunks, num_k_blocks = triton.cdiv(L, CHUNK), triton.cdiv(L, block_k)
-    fp32 = {"dtype": torch.float32, "device": device}
-    pooled_k = torch.empty(B * H, num_k_blocks, D, **fp32)
-    k_sums = torch.empty(B * H, num_chunks, D, **fp32)
+    pooled_k = torch.empty(B * H, num_k_blocks, D, dtype=torch.float32, device=device)
+    k_sums = torch.empty(B * H, num_chunks, D, dtype=torch.float32, device=device)
     v_amaxes = torch.empty_like(k_sums)
     phi_sums = torch.empty_like(k_sums) if linear else k_sums
-    kv_sums = torch.empty(B * H, num_chunks, D, D, **fp32) if linear else k_sums
-    k_mean = torch.empty(B * H, D, **fp32)
+    kv_sums = torch.empty(B * H, num_chunks, D, D, dtype=torch.float32, device=device) if linear else k_sums
+    k_mean = torch.empty(B * H, D, dtype=torch.float32, device=device)
     v_scale = torch.empty_like(k_mean)
     phi_sum = torch.empty_like(k_mean) if linear else None
     kv = torch.empty(B * H, D, D, dtype=k_BLHD.dtype, device=device) if linear else None
