@@ -133,9 +133,10 @@ def dense_attention(
     """
     check_attention_inputs(q=q_BLHD, k=k_BLHD, v=v_BLHD)
     resolve_provider(provider, q_BLHD.device, op="dense attention")
-    return torch.cat(
-        [
-            F.scaled_dot_product_attention(*(x[b : b + 1].transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD)))
-            for b in range(q_BLHD.shape[0])
-        ]
-    ).transpose(1, 2)
+    samples = [
+        F.scaled_dot_product_attention(
+            q_BLHD[b : b + 1].transpose(1, 2), k_BLHD[b : b + 1].transpose(1, 2), v_BLHD[b : b + 1].transpose(1, 2)
+        ).transpose(1, 2)
+        for b in range(q_BLHD.shape[0])
+    ]
+    return samples[0] if len(samples) == 1 else torch.cat(samples)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    from triton.tools import tensor_descriptor
 except ImportError:  # triton before 3.4
-    TensorDescriptor = None
+    tensor_descriptor = None  # type: ignore[assignment]
 
 PROVIDERS = ("reference", "triton", "spargeattn")
 
@@ -67,7 +67,7 @@ def has_tile_descriptors(device: torch.device) -> bool:
 
     The same kernels fetch through pointers elsewhere, to the same bits.
     """
-    if TensorDescriptor is None:
+    if tensor_descriptor is None:
         return False
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
@@ -75,7 +75,7 @@ def has_tile_descriptors(device: torch.device) -> bool:
 def tile_descriptors(tiles: torch.Tensor) -> Any:
     """Descriptor of [..., rows, columns], contiguous, from which a kernel loads whole [rows, columns] tiles."""
     rows, columns = tiles.shape[-2:]
-    return TensorDescriptor.from_tensor(tiles.view(-1, columns), [rows, columns])
+    return tensor_descriptor.TensorDescriptor.from_tensor(tiles.view(-1, columns), [rows, columns])
 
 
 def device_of(x: torch.Tensor) -> AbstractContextManager[object]:

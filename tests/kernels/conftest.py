@@ -1,0 +1,120 @@
+"""Where the kernels run: each test that takes `device` runs on "cpu" under triton's interpreter and on "cuda".
+
+A kernel is bound to the interpreter or the compiler when its module is imported, and other tests of the same session
+import turbo_kernels for real use. So the interpreted tests run together in one child process with TRITON_INTERPRET=1,
+started when the first of them is reached, and each test here reports what its namesake there did.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+_RESULTS = pytest.StashKey[dict[str, str]]()
+
+needs_gpu = pytest.mark.skipif(INTERPRETING or not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def dtype(device: torch.device) -> torch.dtype:
+    """bf16 on the GPU; fp32 in the interpreter, which truncates bf16."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill uninitialised memory with NaN (or the lowest integer), so that an unwritten output fails its test."""
+
+    def poisoned(make: object) -> object:
+        def wrapper(*args: object, **kwargs: object) -> torch.Tensor:
+            tensor = make(*args, **kwargs)  # type: ignore[operator]
+            if tensor.dtype == torch.float8_e4m3fn:
+                tensor.view(torch.int8).fill_(0x7F)  # e4m3's NaN
+            elif tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype != torch.bool:
+                tensor.fill_(torch.iinfo(tensor.dtype).min)
+            return tensor
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+
+
+def is_interpreted(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("device") == "cpu"
+
+
+def run_interpreted(session: pytest.Session, folder: Path) -> dict[str, str]:
+    """Outcome by test name: "" for a pass, else the failure's text."""
+    names = [item.nodeid for item in session.items if is_interpreted(item)]
+    report = Path(session.config._tmp_path_factory.mktemp("interpreted")) / "report.xml"  # type: ignore[attr-defined]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *names]
+    child = subprocess.run(
+        command,
+        cwd=session.config.rootpath,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if not report.exists():
+        return {"": child.stdout + child.stderr}
+    results = {}
+    for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314  # written by our own child
+        problems = [element.text or element.get("message") or element.tag for element in case]
+        results[f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"] = "\n".join(problems)
+    return results
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if INTERPRETING or not is_interpreted(pyfuncitem):
+        return None
+    stash = pyfuncitem.session.stash
+    if _RESULTS not in stash:
+        stash[_RESULTS] = run_interpreted(pyfuncitem.session, Path(__file__).parent)
+    results = stash[_RESULTS]
+    name = f"{pyfuncitem.path.stem}::{pyfuncitem.name}"
+    problem = results.get(name, "the interpreter's process did not report this test:\n" + results.get("", ""))
+    if problem:
+        pytest.fail(problem, pytrace=False)
+    return True
+
+
+def error_ratio(out: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> float:
+    """How many times the error of PyTorch in the same dtype: max |out - exact| / max |plain - exact|."""
+    exact = exact.float()
+    return float((out.float() - exact).abs().max() / (plain.float() - exact).abs().max())
+
+
+def max_relative_difference(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """max |out - reference| / max |reference|; NaN where out was not written."""
+    return float((out.float() - reference.float()).abs().max() / reference.float().abs().max())
+
+
+@pytest.fixture
+def qkv(device: torch.device, dtype: torch.dtype) -> Iterator[object]:
+    def draw(B: int, L: int, H: int, D: int) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(1000 * L + D)
+        # Keys share an offset, as real ones do; strides differ from contiguous, as slices of one projection do.
+        packed = torch.randn(B, L, 3, H, D, generator=generator)
+        packed[:, :, 1] += 2 * torch.randn(D, generator=generator)
+        return packed.to(device, dtype).unbind(2)
+
+    yield draw
