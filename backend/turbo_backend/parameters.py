@@ -27,6 +27,8 @@ MAX_SEED = 2**63 - 1
 #: RoPE positions reach 128 patches on each axis, so 128 latent frames and 2048 pixels a side.
 MAX_LATENT_FRAMES = 128
 MAX_SIDE = 2048
+#: The second step of the schedule stands at sigma = tan(1.5); the first must lie above it.
+MIN_SIGMA_MAX = 14.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,10 @@ def make_parameters(model: ModelConfig, values: Mapping[str, object], *, seed: i
     if not 0 <= given_seed <= MAX_SEED:
         raise InvalidArgument("SEED", given_seed, f"0 (draw one) to {MAX_SEED}")
 
+    sigma_max = _real(values, "SIGMA_MAX", model.default_sigma_max, low=0.0, high=1e6, fits="over 0, at most 1e6")
+    if num_steps > 1 and sigma_max < MIN_SIGMA_MAX:
+        raise InvalidArgument("SIGMA_MAX", sigma_max, f"at least {MIN_SIGMA_MAX} with more than one step")
+
     resolution = _choice(values, "RESOLUTION", model.resolutions, model.default_resolution)
     aspect_ratio = _choice(values, "ASPECT_RATIO", ASPECT_RATIOS, "16:9")
     width, height = RESOLUTIONS[resolution][aspect_ratio]
@@ -106,7 +112,7 @@ def make_parameters(model: ModelConfig, values: Mapping[str, object], *, seed: i
         aspect_ratio=aspect_ratio,
         width=width,
         height=height,
-        sigma_max=_real(values, "SIGMA_MAX", model.default_sigma_max, low=0.0, high=1e6, fits="over 0, at most 1e6"),
+        sigma_max=sigma_max,
         attention_type=_choice(values, "ATTENTION_TYPE", ATTENTION_TYPES, "sagesla"),
         sla_topk=_real(values, "SLA_TOPK", 0.1, low=0.0, high=1.0, fits="over 0, at most 1"),
         boundary=_real(values, "BOUNDARY", 0.9, low=0.5 - 1e-12, high=1.0, fits="0.5 to 1"),

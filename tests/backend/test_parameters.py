@@ -67,6 +67,7 @@ def test_seed_zero_takes_the_drawn_one() -> None:
         ("SIGMA_MAX", math.nan),
         ("SIGMA_MAX", math.inf),
         ("SIGMA_MAX", 0.0),
+        ("SIGMA_MAX", 14.0),
         ("SIGMA_MAX", "80"),
         ("SLA_TOPK", 0.0),
         ("SLA_TOPK", 1.0000001),

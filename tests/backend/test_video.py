@@ -55,6 +55,11 @@ def test_chunks_do_not_change_the_bytes() -> None:
     assert encode(frames, chunk=1) == encode(frames, chunk=4) == encode(frames, chunk=17)
 
 
+def test_equal_frames_give_equal_bytes() -> None:
+    noise = np.random.default_rng(5).integers(0, 256, (21, 192, 192, 3), dtype=np.uint8)
+    assert len({encode(noise, chunk=4) for _ in range(20)}) == 1
+
+
 def test_encoder_failure_is_told() -> None:
     encoder = MP4Encoder(width=64, height=48, fps=16, num_frames=2, comment="")
     encoder.add(np.zeros((2, 48, 64, 7), np.uint8))

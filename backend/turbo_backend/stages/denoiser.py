@@ -83,6 +83,7 @@ class DenoiserStage:
         net: denoiser on its device.
         model: the served model.
         provider: attention provider (`reference`, `triton`, `spargeattn`).
+        max_batch_size: most requests that run as one batch.
         max_batch_tokens: most tokens that one batch may hold together; a longer request runs alone.
         fingerprint: of the weights, for the report.
         identity: other facts about this server that go into every report.
@@ -94,6 +95,7 @@ class DenoiserStage:
         model: ModelConfig,
         *,
         provider: str,
+        max_batch_size: int,
         max_batch_tokens: int,
         fingerprint: str,
         identity: Mapping[str, object],
@@ -101,6 +103,7 @@ class DenoiserStage:
         self._net = net
         self._model = model
         self._provider = provider
+        self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
         self._fingerprint = fingerprint
         self._identity = dict(identity)
@@ -123,7 +126,8 @@ class DenoiserStage:
             else:
                 groups[admitted.group].append(admitted)
         for members in groups.values():
-            at_once = max(1, self._max_batch_tokens // members[0].parameters.num_tokens)
+            fitting = self._max_batch_tokens // members[0].parameters.num_tokens
+            at_once = min(max(1, fitting), self._max_batch_size)
             for first in range(0, len(members), at_once):
                 yield from self._run_group(members[first : first + at_once])
 

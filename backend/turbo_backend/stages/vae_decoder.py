@@ -121,6 +121,8 @@ class _VideoSink:
     def __init__(self, request: DecodeRequest, fingerprint: str) -> None:
         self._request = request
         self._report = dict(request.report)
+        # fps is delivery, but without it a replay would not give the same file.
+        self._report["parameters"] = {**request.report["parameters"], "fps": request.delivery.fps}  # type: ignore[dict-item]
         self._report["weights"] = {**request.report.get("weights", {}), "vae": fingerprint}  # type: ignore[dict-item]
         self._encoder: MP4Encoder | None = None
         self._raw: list[np.ndarray] = []
