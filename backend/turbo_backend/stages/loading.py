@@ -82,6 +82,7 @@ def load_denoiser(settings: Settings, *, ensemble: str) -> DenoiserStage:
         net,
         model,
         provider=settings.provider,
+        max_batch_size=settings.max_batch_size,
         max_batch_tokens=_GPU_BATCH_TOKENS if settings.device.type == "cuda" else _CPU_BATCH_TOKENS,
         fingerprint=fingerprint,
         identity={"ensemble": ensemble, "quant_linear": settings.quant_linear, "self_check": "passed"},
@@ -98,7 +99,9 @@ def load_vae_decoder(settings: Settings) -> VAEDecoderStage:
     stage = VAEDecoderStage(vae, max_batch_pixels=_BATCH_PIXELS, fingerprint=fingerprint)
     _, h, w = _warm_shape(model)
     request = DecodeRequest(
-        latents=torch.zeros(model.vae.z_dim, 2, h, w), report={"stages": {}}, delivery=Delivery(container="raw")
+        latents=torch.zeros(model.vae.z_dim, 2, h, w),
+        report={"stages": {}, "parameters": {}},
+        delivery=Delivery(container="raw"),
     )
     for _, update in stage.decode([request]):
         if isinstance(update, TurboError):
