@@ -1,7 +1,8 @@
 """Compile every kernel for one GPU architecture without a GPU; run as `python aot_compile.py CAPABILITY...`.
 
-The ops are called on small CPU tensors with launching replaced by recording, so that what is compiled is exactly what
-the launchers ask for (constants, warps, stages). Prints one JSON line an architecture:
+In bf16 at head dimension 128, and the block geometry that the architecture is served with. The ops are called on
+small CPU tensors with launching replaced by recording, so that what is compiled is exactly what the launchers ask
+for (constants, warps, stages). Prints one JSON line an architecture:
 {"capability": 90, "kernels": {name: [{"shared": bytes, "tensor_core": "wgmma", ...}]}}.
 """
 
@@ -17,19 +18,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import turbo_kernels
-from turbo_kernels import providers, sage_attention, sparse_attention
+from turbo_kernels import providers
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8", torch.int32: "i32",
     torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
-#: Shared memory one program may take, bytes: CUDA programming guide, "Technical specifications by compute capability".
-SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
-def record_launches(capability: int, dtype: torch.dtype, head_dim: int) -> list[tuple[Any, dict, dict]]:
+def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
     """(kernel, arguments by name, options) of every launch of every op."""
     launches: list[tuple[Any, dict, dict]] = []
 
@@ -40,25 +40,23 @@ def record_launches(capability: int, dtype: torch.dtype, head_dim: int) -> list[
 
     JITFunction.run = record
     providers.INTERPRETED = True  # lets provider "triton" accept CPU tensors
-    fp8 = capability >= 89
-    sage_attention.has_fp8 = lambda device: fp8
-    shared = SHARED_MEMORY[capability]
-    sage_attention.num_stages = sparse_attention.num_stages = lambda x: 3 if shared > 110_000 else 2
+    fp8, descriptors = capability >= 89, capability >= 90
+    sage_module = sys.modules["turbo_kernels.sage_attention"]  # the package's attribute of that name is the function
+    sage_module.has_fp8 = lambda device: fp8
+    sage_module.has_tile_descriptors = lambda device: descriptors
 
+    dtype, head_dim = torch.bfloat16, 128
     q, k, v = (torch.zeros(1, 256, 2, head_dim, dtype=dtype) for _ in range(3))
     weight, bias = torch.zeros(head_dim, head_dim, dtype=dtype), torch.zeros(head_dim, dtype=dtype)
     x, gate = q.flatten(2), torch.zeros(1, 2 * head_dim, dtype=dtype)
     int8_weight, scale = torch.zeros(128, 2 * head_dim, dtype=torch.int8), torch.zeros(1, head_dim // 64)
-    for block_q, block_k in ((128, 64), (64, 128)):
-        geometry = lambda attention_type, device, blocks=(block_q, block_k): blocks  # noqa: E731
-        turbo_kernels.sla_attention.__globals__["attention_geometry"] = geometry
-        for attention_type in ("sla", "sagesla"):
-            turbo_kernels.sla_attention(
-                q, k, v, weight, bias, attention_type=attention_type, topk=0.5, provider="triton"
-            )
-        selected = turbo_kernels.block_map(q, k, block_q=block_q, block_k=block_k, topk=0.5, provider="triton")
-        turbo_kernels.sparse_attention(q, k, v, selected, provider="triton")
-        turbo_kernels.sage_attention(q, k, v, selected, provider="triton")
+    geometry = (64, 128) if capability == 90 else (128, 64)
+    sys.modules["turbo_kernels.attention"].attention_geometry = lambda attention_type, device: (
+        geometry if attention_type == "sagesla" else (128, 64)
+    )
+    for attention_type in ("sla", "sagesla"):
+        turbo_kernels.sla_attention(q, k, v, weight, bias, attention_type=attention_type, topk=0.5, provider="triton")
+    turbo_kernels.block_map(q, k, block_q=128, block_k=64, topk=0.5, provider="triton")
     turbo_kernels.linear_attention(q, k, v, provider="triton")
     turbo_kernels.layer_norm_modulate(
         x, weight=gate[0], bias=gate[0], scale_BD=gate, shift_BD=gate, eps=1e-6, provider="triton"
@@ -81,6 +79,9 @@ def source_of(kernel: Any, named: dict[str, Any]) -> ASTSource:
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
             aligned = True
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
+            aligned = False
         elif isinstance(value, int):
             signature[parameter.name] = "i32"
             aligned = value % 16 == 0
@@ -96,7 +97,7 @@ def compile_all(capability: int) -> dict[str, list[dict[str, Any]]]:
     """Compile each distinct kernel; report shared memory and the tensor-core instruction in its PTX."""
     report: dict[str, list[dict[str, Any]]] = {}
     seen = set()
-    for kernel, named, options in record_launches(capability, torch.bfloat16, 128):
+    for kernel, named, options in record_launches(capability):
         source = source_of(kernel, named)
         key = (kernel.__name__, str(source.signature), str(source.constants), str(options))
         if key in seen:

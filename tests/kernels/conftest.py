@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,7 +60,7 @@ def is_interpreted(item: pytest.Item) -> bool:
     return callspec is not None and callspec.params.get("device") == "cpu"
 
 
-def run_interpreted(session: pytest.Session, folder: Path) -> dict[str, str]:
+def run_interpreted(session: pytest.Session) -> dict[str, str]:
     """Outcome by test name: "" for a pass, else the failure's text."""
     names = [item.nodeid for item in session.items if is_interpreted(item)]
     report = Path(session.config._tmp_path_factory.mktemp("interpreted")) / "report.xml"  # type: ignore[attr-defined]
@@ -88,7 +88,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     stash = pyfuncitem.session.stash
     if _RESULTS not in stash:
-        stash[_RESULTS] = run_interpreted(pyfuncitem.session, Path(__file__).parent)
+        stash[_RESULTS] = run_interpreted(pyfuncitem.session)
     results = stash[_RESULTS]
     name = f"{pyfuncitem.path.stem}::{pyfuncitem.name}"
     problem = results.get(name, "the interpreter's process did not report this test:\n" + results.get("", ""))
@@ -97,19 +97,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-def error_ratio(out: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> float:
-    """How many times the error of PyTorch in the same dtype: max |out - exact| / max |plain - exact|."""
-    exact = exact.float()
-    return float((out.float() - exact).abs().max() / (plain.float() - exact).abs().max())
-
-
-def max_relative_difference(out: torch.Tensor, reference: torch.Tensor) -> float:
-    """max |out - reference| / max |reference|; NaN where out was not written."""
-    return float((out.float() - reference.float()).abs().max() / reference.float().abs().max())
-
-
 @pytest.fixture
-def qkv(device: torch.device, dtype: torch.dtype) -> Iterator[object]:
+def qkv(device: torch.device, dtype: torch.dtype) -> Callable[[int, int, int, int], tuple[torch.Tensor, ...]]:
     def draw(B: int, L: int, H: int, D: int) -> tuple[torch.Tensor, ...]:
         generator = torch.Generator().manual_seed(1000 * L + D)
         # Keys share an offset, as real ones do; strides differ from contiguous, as slices of one projection do.
@@ -117,4 +106,4 @@ def qkv(device: torch.device, dtype: torch.dtype) -> Iterator[object]:
         packed[:, :, 1] += 2 * torch.randn(D, generator=generator)
         return packed.to(device, dtype).unbind(2)
 
-    yield draw
+    return draw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -30,9 +31,8 @@ def limit(dtype: torch.dtype) -> float:
     return 1e-5 if dtype == torch.float32 else 1e-2
 
 
-@pytest.mark.parametrize("L", LENGTHS)
+@pytest.mark.parametrize(("L", "topk"), [(63, 0.01), (111, 0.5), (200, 0.01), (257, 0.01), (257, 0.6)])
 @pytest.mark.parametrize(("block_q", "block_k"), GEOMETRIES)
-@pytest.mark.parametrize("topk", [0.01, 0.5])
 def test_block_map(qkv: Draw, device: torch.device, L: int, block_q: int, block_k: int, topk: float) -> None:
     q, k, _ = qkv(2, L, 2, 64)
     geometry = {"block_q": block_q, "block_k": block_k, "topk": topk}
@@ -144,11 +144,39 @@ def test_a_sample_does_not_see_its_batch(
         assert torch.equal(batch[i : i + 1], attend(slice(i, i + 1)))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_self_check(device: torch.device, head_dim: int) -> None:
-    outcome = kernels.self_check(device, head_dim, "triton")
+@pytest.mark.parametrize(("head_dim", "provider"), [(64, "triton"), (64, "reference"), (128, "reference")])
+def test_self_check(device: torch.device, head_dim: int, provider: str) -> None:
+    outcome = kernels.self_check(device, head_dim, provider)
     assert outcome.passed, outcome
+    assert set(outcome.details) == set(outcome.limits)
     assert {"sage_attention", "int8_linear", "rms_norm_rope"} <= set(outcome.details)
+
+
+def test_self_check_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["turbo_kernels.self_check"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "gate_residual", lambda x, y, gate, provider: x - y * gate[:, None])
+    outcome = kernels.self_check("cpu", 64, "reference")
+    assert not outcome.passed
+    assert [name for name in outcome.details if outcome.details[name] > outcome.limits[name]] == ["gate_residual"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_self_check_at_head_dim_128() -> None:
+    outcome = kernels.self_check("cuda", 128, "triton")
+    assert outcome.passed, outcome
+
+
+def test_tile_descriptors_change_no_bit(qkv: Draw, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(1, 200, 2, 64)
+    chosen = kernels.block_map(q, k, block_q=64, block_k=128, topk=1.0)
+    module = sys.modules["turbo_kernels.sage_attention"]
+    possible = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+    outputs = []
+    for used in (False, possible):
+        monkeypatch.setattr(module, "has_tile_descriptors", lambda _, used=used: used)
+        outputs.append(kernels.sage_attention(q, k, v, chosen, provider="triton"))
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.gpu
