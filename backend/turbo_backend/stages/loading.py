@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -140,8 +141,10 @@ def _load(
         fingerprint = f"random, seed {_RANDOM_SEED}"
     else:
         checkpoint = open_checkpoint(path)
-        net = layout.load(checkpoint, device=device, dtype=dtype)
-        fingerprint = checkpoint.fingerprint()
+        with ThreadPoolExecutor(1) as pool:  # hashing 28 GB takes as long as loading them
+            hashing = pool.submit(checkpoint.fingerprint)
+            net = layout.load(checkpoint, device=device, dtype=dtype)
+            fingerprint = hashing.result()
     _log.info("%s: %s loaded in %.1f s", path or "random", type(net).__name__, time.perf_counter() - started)
     return net.eval().requires_grad_(False), fingerprint
 
