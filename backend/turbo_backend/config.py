@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from turbo_backend.errors import Misconfigured
 
@@ -77,19 +77,20 @@ class ModelConfig:
     """One served model: its networks, the files they load from, and its request defaults.
 
     `dit_files` names the published denoiser files without suffix (`.pth` and `.safetensors` are both looked for);
-    a model with two experts lists the high-noise expert first. `-quant` is added for quantized files.
+    a model with two experts lists the high-noise expert first. `-quant` is added for quantized files. The defaults
+    are those that all Wan models share.
     """
 
     name: str
     dit: DiTConfig
-    text_encoder: TextEncoderConfig
-    vae: VAEConfig
     dit_files: tuple[tuple[str, ...], ...]
-    text_encoder_file: str
-    vae_file: str
-    tokenizer: str
-    resolutions: tuple[str, ...]
     default_resolution: str
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text_encoder_file: str = "models_t5_umt5-xxl-enc-bf16"
+    vae_file: str = "Wan2.1_VAE"
+    tokenizer: str = "google/umt5-xxl"
+    resolutions: tuple[str, ...] = ("480p", "720p", "720", "512", "480")
     default_num_frames: int = 81
     default_sigma_max: float = 80.0
 
@@ -97,16 +98,6 @@ class ModelConfig:
     def num_experts(self) -> int:
         return len(self.dit_files)
 
-
-_WAN_RESOLUTIONS = ("480p", "720p", "720", "512", "480")
-_WAN_FILES = {
-    "text_encoder": TextEncoderConfig(),
-    "vae": VAEConfig(),
-    "text_encoder_file": "models_t5_umt5-xxl-enc-bf16",
-    "vae_file": "Wan2.1_VAE",
-    "tokenizer": "google/umt5-xxl",
-    "resolutions": _WAN_RESOLUTIONS,
-}
 
 MODELS: dict[str, ModelConfig] = {
     model.name: model
@@ -131,14 +122,12 @@ MODELS: dict[str, ModelConfig] = {
             dit=DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
             dit_files=(("TurboWan2.1-T2V-1.3B-480P",),),
             default_resolution="480p",
-            **_WAN_FILES,
         ),
         ModelConfig(
             name="Wan2.1-14B",
             dit=DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
             dit_files=(("TurboWan2.1-T2V-14B-720P", "TurboWan2.1-T2V-14B-480P"),),
             default_resolution="720p",
-            **_WAN_FILES,
         ),
         ModelConfig(
             name="Wan2.2-A14B",
@@ -146,7 +135,6 @@ MODELS: dict[str, ModelConfig] = {
             dit_files=(("TurboWan2.2-I2V-A14B-high-720P",), ("TurboWan2.2-I2V-A14B-low-720P",)),
             default_resolution="720p",
             default_sigma_max=200.0,
-            **_WAN_FILES,
         ),
     )
 }

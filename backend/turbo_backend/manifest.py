@@ -40,7 +40,18 @@ def device_name(device: torch.device) -> str:
 
 def make_manifest(report: Mapping[str, object]) -> str:
     """The replay manifest as JSON, from a denoiser's report; it holds no time, so equal requests give equal files."""
-    kept = ("model", "ensemble", "prompt", "seed", "parameters", "weights", "attention", "quant_linear", "dtype")
-    kept += ("device", "versions")
+    kept = [
+        "model",
+        "ensemble",
+        "prompt",
+        "seed",
+        "parameters",
+        "weights",
+        "attention",
+        "quant_linear",
+        "dtype",
+        "device",
+        "versions",
+    ]
     manifest = {"turbodiffusion_manifest": MANIFEST_VERSION, **{key: report[key] for key in kept}}
     return json.dumps(manifest, ensure_ascii=False, sort_keys=True)

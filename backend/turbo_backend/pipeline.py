@@ -58,11 +58,9 @@ class Pipeline:
             if isinstance(step, TurboError):
                 raise step
             yield step
-        assert step.latents is not None
-        assert step.report is not None
-        for _, update in self._vae_decoder.decode(
-            [DecodeRequest(latents=step.latents, report=step.report, delivery=delivery)]
-        ):
+            if step.latents is not None and step.report is not None:
+                finished = DecodeRequest(latents=step.latents, report=step.report, delivery=delivery)
+        for _, update in self._vae_decoder.decode([finished]):
             if isinstance(update, TurboError):
                 raise update
             yield update

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
 from torch.utils.dlpack import from_dlpack
 
 from turbo_backend.errors import InvalidArgument, TurboError
@@ -39,7 +40,8 @@ def read_scalar(request: Any, name: str) -> object | None:
             return value.decode("utf-8")
         except UnicodeDecodeError:
             raise InvalidArgument(name, value, "valid UTF-8") from None
-    return value.item() if isinstance(value, np.generic) else value
+    scalar: object = value.item() if isinstance(value, np.generic) else value
+    return scalar
 
 
 def read_bytes(request: Any, name: str) -> bytes:
@@ -73,7 +75,7 @@ def write_tensor(name: str, tensor: torch.Tensor) -> Any:
     return write_array(name, tensor.numpy())
 
 
-def write_array(name: str, array: np.ndarray) -> Any:
+def write_array(name: str, array: NDArray[Any]) -> Any:
     """An output of batch size 1 from numpy."""
     return pb_utils.Tensor(name, array[None])
 

@@ -11,6 +11,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from turbo_backend.errors import TurboError
@@ -29,7 +30,7 @@ def to_uint8(frames_BCFHW: torch.Tensor) -> torch.Tensor:
     return scaled.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
 
 
-def encode_jpeg(frame_HWC: np.ndarray, *, quality: int = 80) -> bytes:
+def encode_jpeg(frame_HWC: NDArray[np.uint8], *, quality: int = 80) -> bytes:
     """One uint8 RGB frame as JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(frame_HWC).save(buffer, format="JPEG", quality=quality)
@@ -63,12 +64,12 @@ class MP4Encoder:
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED_RANGE
         self.milliseconds = 0.0
-        self._frames: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self._frames: queue.SimpleQueue[NDArray[np.uint8] | None] = queue.SimpleQueue()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="mp4-encoder", daemon=True)
         self._thread.start()
 
-    def add(self, frames_FHWC: np.ndarray) -> None:
+    def add(self, frames_FHWC: NDArray[np.uint8]) -> None:
         """Queues uint8 RGB frames `[F, H, W, 3]`."""
         self._frames.put(frames_FHWC)
 

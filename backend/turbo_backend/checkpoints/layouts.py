@@ -7,16 +7,20 @@ device where it takes no memory; nothing is listed twice.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import nn
 
 from turbo_backend.checkpoints.comparison import Comparison, compare
 from turbo_backend.checkpoints.loader import load_into, network_specs
 from turbo_backend.checkpoints.reader import Checkpoint
 from turbo_backend.checkpoints.recognise import Specs
 from turbo_backend.config import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
+
+if TYPE_CHECKING:
+    from turbo_backend.nets.dit import WanDiT
+    from turbo_backend.nets.umt5 import UMT5Encoder
+    from turbo_backend.nets.vae import WanVAE
 
 
 class Layout(Protocol):
@@ -41,13 +45,20 @@ class DenoiserLayout:
         self.config = config
         self.quant_linear = quant_linear
 
-    def build(self) -> nn.Module:
+    @property
+    def keep_fp32(self) -> tuple[str, ...]:
+        """Parts of the keys whose tensors are float32 whatever the network's dtype."""
+        from turbo_backend.nets.dit import KEEP_FP32
+
+        return KEEP_FP32
+
+    def build(self) -> WanDiT:
         """The network on the meta device, its block linears replaced when `quant_linear`."""
         from turbo_backend.nets.dit import WanDiT
         from turbo_backend.quantization import quantize_linears
 
         with torch.device("meta"):
-            network: nn.Module = WanDiT(self.config)
+            network = WanDiT(self.config)
             if self.quant_linear:
                 quantize_linears(network)
         return network
@@ -60,22 +71,23 @@ class DenoiserLayout:
         """Strict, but a file that is not quantized also fits a quantized layout: it is quantized while loading."""
         return compare(checkpoint_specs(checkpoint), self.specs, quantize=self.quant_linear)
 
-    def load(self, checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    def load(self, checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype) -> WanDiT:
         """A network filled from the file; a floating file is quantized tensor by tensor when `quant_linear`."""
-        from turbo_backend.nets.dit import KEEP_FP32
-
         network = self.build()
-        load_into(network, checkpoint, device=device, dtype=dtype, keep_fp32=KEEP_FP32, quantize=self.quant_linear)
+        keep = self.keep_fp32
+        load_into(network, checkpoint, device=device, dtype=dtype, keep_fp32=keep, quantize=self.quant_linear)
         return network
 
 
 class TextEncoderLayout:
     """`models_t5_umt5-xxl-enc-bf16.pth`."""
 
+    keep_fp32: tuple[str, ...] = ()
+
     def __init__(self, config: TextEncoderConfig) -> None:
         self.config = config
 
-    def build(self) -> nn.Module:
+    def build(self) -> UMT5Encoder:
         """The network on the meta device."""
         from turbo_backend.nets.umt5 import UMT5Encoder
 
@@ -89,7 +101,7 @@ class TextEncoderLayout:
     def compare(self, checkpoint: Checkpoint) -> Comparison:
         return compare(checkpoint_specs(checkpoint), self.specs)
 
-    def load(self, checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    def load(self, checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype) -> UMT5Encoder:
         """A network filled from the file."""
         network = self.build()
         load_into(network, checkpoint, device=device, dtype=dtype)
@@ -99,10 +111,12 @@ class TextEncoderLayout:
 class VAELayout:
     """`Wan2.1_VAE.pth`, which Wan2.2-A14B uses as well."""
 
+    keep_fp32: tuple[str, ...] = ()
+
     def __init__(self, config: VAEConfig) -> None:
         self.config = config
 
-    def build(self) -> nn.Module:
+    def build(self) -> WanVAE:
         """The network on the meta device."""
         from turbo_backend.nets.vae import WanVAE
 
@@ -116,7 +130,7 @@ class VAELayout:
     def compare(self, checkpoint: Checkpoint) -> Comparison:
         return compare(checkpoint_specs(checkpoint), self.specs)
 
-    def load(self, checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    def load(self, checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype) -> WanVAE:
         """A network filled from the file."""
         network = self.build()
         load_into(network, checkpoint, device=device, dtype=dtype)

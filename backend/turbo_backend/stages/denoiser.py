@@ -171,7 +171,8 @@ class DenoiserStage:
             return torch.stack(noise).to(self._device)
 
         def velocity(latents: torch.Tensor, timesteps: torch.Tensor, _step: int) -> torch.Tensor:
-            return self._net(latents.to(self._dtype), timesteps, context, attention=attention)
+            estimate: torch.Tensor = self._net(latents.to(self._dtype), timesteps, context, attention=attention)
+            return estimate
 
         started = stepped = time.perf_counter()
         context = self._net.prepare_context(

@@ -6,11 +6,13 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from turbo_backend.checkpoints import (
+    Checkpoint,
     DenoiserLayout,
     ModelFiles,
     TextEncoderLayout,
@@ -21,7 +23,6 @@ from turbo_backend.checkpoints import (
 )
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import Misconfigured, TurboError
-from turbo_backend.nets.dit import KEEP_FP32
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.parameters import Delivery, make_parameters
 from turbo_backend.settings import Settings
@@ -32,6 +33,7 @@ from turbo_backend.tokenizer import Tokenizer
 from turbo_kernels import self_check
 
 _log = logging.getLogger(__name__)
+_Net = TypeVar("_Net", bound=nn.Module, covariant=True)
 
 #: Seed of `TURBO_WEIGHTS=random`.
 _RANDOM_SEED = 0
@@ -46,7 +48,7 @@ def load_text_encoder(settings: Settings) -> TextEncoderStage:
     """The text encoder stage, loaded and warm."""
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
-    encoder, fingerprint = _load(TextEncoderLayout(model.text_encoder), files and files.text_encoder, settings)
+    encoder, fingerprint = _load(TextEncoderLayout(model.text_encoder), files.text_encoder if files else None, settings)
     stage = TextEncoderStage(
         encoder,
         Tokenizer.from_folder(files.tokenizer if files else tiny_checkpoint_folder() / "tokenizer"),
@@ -78,7 +80,7 @@ def load_denoiser(settings: Settings, *, ensemble: str) -> DenoiserStage:
         raise Misconfigured(f"attention provider {settings.provider} fails its self-check: {check.details}")
 
     layout = DenoiserLayout(model.dit, quant_linear=settings.quant_linear)
-    net, fingerprint = _load(layout, files and files.dit[0], settings)
+    net, fingerprint = _load(layout, files.dit[0] if files else None, settings)
     stage = DenoiserStage(
         net,
         model,
@@ -96,7 +98,7 @@ def load_vae_decoder(settings: Settings) -> VAEDecoderStage:
     """The VAE decoder stage, loaded and warm."""
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
-    vae, fingerprint = _load(VAELayout(model.vae), files and files.vae, settings)
+    vae, fingerprint = _load(VAELayout(model.vae), files.vae if files else None, settings)
     stage = VAEDecoderStage(vae, max_batch_pixels=_BATCH_PIXELS, fingerprint=fingerprint)
     _, h, w = _warm_shape(model)
     request = DecodeRequest(
@@ -126,9 +128,16 @@ def _find_files(settings: Settings) -> ModelFiles | None:
     )
 
 
-def _load(
-    layout: DenoiserLayout | TextEncoderLayout | VAELayout, path: Path | None, settings: Settings
-) -> tuple[nn.Module, str]:
+class _Layout(Protocol[_Net]):
+    @property
+    def keep_fp32(self) -> tuple[str, ...]: ...
+
+    def build(self) -> _Net: ...
+
+    def load(self, checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype) -> _Net: ...
+
+
+def _load(layout: _Layout[_Net], path: Path | None, settings: Settings) -> tuple[_Net, str]:
     """The network on its device and the fingerprint of its weights."""
     started = time.perf_counter()
     device, dtype = settings.device, settings.dtype
@@ -136,7 +145,7 @@ def _load(
         net = layout.build()
         on_device = device if device.type == "cuda" else None
         initialize_random(
-            net, _RANDOM_SEED, device=device, dtype=dtype, keep_fp32=KEEP_FP32, generator_device=on_device
+            net, _RANDOM_SEED, device=device, dtype=dtype, keep_fp32=layout.keep_fp32, generator_device=on_device
         )
         fingerprint = f"random, seed {_RANDOM_SEED}"
     else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from turbo_backend.errors import TurboError
 from turbo_backend.manifest import make_manifest
@@ -42,7 +43,7 @@ class DecodedVideo:
     step_count: int
     report: dict[str, object]
     mp4: bytes = b""
-    frames: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
+    frames: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
 
 
 class VAEDecoderStage:
@@ -125,11 +126,11 @@ class _VideoSink:
         self._report["parameters"] = {**request.report["parameters"], "fps": request.delivery.fps}  # type: ignore[dict-item]
         self._report["weights"] = {**request.report.get("weights", {}), "vae": fingerprint}  # type: ignore[dict-item]
         self._encoder: MP4Encoder | None = None
-        self._raw: list[np.ndarray] = []
-        self._shape = (0, 0)
+        self._raw: list[NDArray[np.uint8]] = []
+        self._shape: tuple[int, ...] = (0, 0)
         self._num_frames = 0
 
-    def add(self, frames_FHWC: np.ndarray) -> None:
+    def add(self, frames_FHWC: NDArray[np.uint8]) -> None:
         if not self._num_frames:
             self._shape = frames_FHWC.shape[1:3]
             if self._request.delivery.container == "mp4":
