@@ -30,7 +30,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turbo_kernels.checks import check_float
-from turbo_kernels.norm_silu import norm_silu_reference, silu_of_norm
+from turbo_kernels.norm_silu import norm_silu, norm_silu_reference, silu_of_norm
 from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
 #: Output frames of one call.
@@ -103,8 +103,7 @@ def causal_conv3d_pair(
         keep_output: whether `out` itself is wanted.
 
     Returns:
-        out and silu(norm(out)), each [2, H, W, C_out] in the dtype of the frames, None where not asked for. The norm
-        sees `out` before it is rounded.
+        out and silu(norm(out)), each [2, H, W, C_out] in the dtype of the frames, None where not asked for.
 
     Raises:
         ValueError: shapes, dtypes, devices or provider that do not fit, or nothing asked for.
@@ -319,6 +318,10 @@ def readable(frames_THWC: torch.Tensor) -> torch.Tensor:
     return frames_THWC if aligned and frames_THWC.stride(3) == 1 else frames_THWC.contiguous()
 
 
+def _new(frames: torch.Tensor, channels: int) -> torch.Tensor:
+    return torch.empty(*frames.shape[:3], channels, dtype=frames.dtype, device=frames.device)
+
+
 def _pair_triton(
     past: torch.Tensor,
     present: torch.Tensor,
@@ -334,8 +337,8 @@ def _pair_triton(
     n1, n2 = tiling.columns
     num_n = columns // (n1 + n2)
     fused = gamma is not None and num_n == 1
-    out = present.new_empty(PAIR, H, W, N) if keep_output or not fused else None
-    y = present.new_empty(PAIR, H, W, N) if fused else None
+    out = _new(present, N) if keep_output or not fused else None
+    y = _new(present, N) if fused else None
     tile_h, tile_w = tile_shape(H, W, tiling.pixels)
     num_y, num_x = triton.cdiv(H, tile_h), triton.cdiv(W, tile_w)
     block = (tile_h, tile_w, tiling.slice)
@@ -354,4 +357,6 @@ def _pair_triton(
             RESIDUAL=residual is not None, NORM=fused, KEEP=out is not None,
             num_warps=tiling.num_warps, num_stages=tiling.num_stages, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
-    return out, y
+    if gamma is not None and out is not None and y is None:
+        y = norm_silu(out, gamma, out=None if keep_output else out, provider="triton")
+    return out if keep_output else None, y

@@ -6,7 +6,7 @@ Latents are the normalised ones on both sides: latents = (mean - latents_mean) /
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from turbo_backend.config import VAEConfig
 from turbo_backend.errors import InvalidArgument
 from turbo_backend.nets.vae_decoder import Decoder
+from turbo_backend.nets.vae_decoder_pairs import PairDecoder, fits_pairs
 from turbo_backend.nets.vae_encoder import Encoder
 from turbo_backend.nets.vae_layers import FrameConv, FrameHistory
 
@@ -36,6 +37,7 @@ class WanVAE(nn.Module):
         self.conv1 = FrameConv(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
         self.conv2 = FrameConv(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
+        self._pair_decoder: PairDecoder | None = None
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, *, chunk_latents: int = 1) -> Tensor:
@@ -150,8 +152,19 @@ class WanVAE(nn.Module):
         shift, scale = self._latent_statistics(weight.device)
         latents_THWC = latents_CTHW.permute(1, 2, 3, 0).to(weight.device, torch.float32)
         z_THWC = (latents_THWC * scale + shift).to(weight.dtype).contiguous()
-        frames_THWC: Tensor = self.decoder(self.conv2(z_THWC), history)
+        z_THWC = self.conv2(z_THWC)
+        frames_THWC = self._decoder_for(z_THWC, history)(z_THWC, history)
         return frames_THWC.permute(3, 0, 1, 2)
+
+    def _decoder_for(self, z_THWC: Tensor, history: FrameHistory) -> Callable[[Tensor, FrameHistory], Tensor]:
+        """The decoder, or on a CUDA device the same layers two frames at a time, once a video's first frame is done."""
+        is_first = not history.has_started(self.decoder.conv1)
+        if is_first or not z_THWC.is_cuda or not fits_pairs(self.decoder):
+            return self.decoder
+        if self._pair_decoder is None or not self._pair_decoder.is_current():
+            self._pair_decoder = None  # frees the old weights first
+            self._pair_decoder = PairDecoder(self.decoder)
+        return self._pair_decoder
 
     def _latent_statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         # Built for each call: a buffer would follow the module to bf16 (as upstream's do, an error of up to 0.4 %).

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import turbo_kernels
+
 #: Lower bound of the norm that RMS normalisation divides by (Wan2.1).
 _SMALLEST_NORM = 1e-12
 
@@ -99,6 +101,8 @@ def norm_silu(x_THWC: Tensor, gamma: Tensor, *, out: Tensor | None = None) -> Te
     if torch.is_grad_enabled():
         y_THWC = F.silu(rms_norm(x_THWC, gamma))
         return y_THWC if out is None else out.copy_(y_THWC)
+    if x_THWC.is_cuda:
+        return turbo_kernels.norm_silu(x_THWC, gamma.view(-1), out=out)
     return F.silu(rms_norm(x_THWC, gamma, out=out), inplace=True)
 
 
@@ -128,6 +132,17 @@ class FrameHistory:
         if self._keeping:
             # A copy: a view would hold on to the whole window.
             self._frames[layer] = frames_THWC.clone()
+
+    def swap(self, layer: nn.Module, pair_2HWC: Tensor) -> Tensor:
+        """The two frames before `pair_2HWC`, zeros where there were none; the pair, not copied, takes their place."""
+        past_THWC = self._frames.get(layer)
+        self._frames[layer] = pair_2HWC
+        if past_THWC is None:
+            return torch.zeros_like(pair_2HWC)
+        missing = pair_2HWC.shape[0] - past_THWC.shape[0]
+        if missing == 0:
+            return past_THWC
+        return torch.cat([past_THWC.new_zeros(missing, *past_THWC.shape[1:]), past_THWC])
 
     def open_window(self, layer: nn.Module, x_THWC: Tensor, depth: int) -> Tensor:
         """Memory for the layer's past and its new frames, the past filled in.
