@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 
@@ -86,3 +87,25 @@ def test_every_optional_input_is_a_parameter_the_server_checks() -> None:
             with pytest.raises(InvalidArgument) as caught:
                 make_parameters(SERVED["tiny"], {tensor.name: object()}, seed=1)
             assert caught.value.field == tensor.name
+
+
+def wire_types(tensors: object) -> dict[str, str]:
+    """Name to the type's name on the wire, where TYPE_STRING is BYTES."""
+    names = model_config_pb2.DataType.Name
+    return {tensor.name: names(tensor.data_type).removeprefix("TYPE_").replace("STRING", "BYTES") for tensor in tensors}
+
+
+def test_sdk_speaks_the_ensembles_tensors() -> None:
+    from turbo_client._requests import INPUTS
+    from turbo_client._responses import OUTPUTS
+
+    ensemble = read_config("text_to_video")
+    assert {name.upper(): kind for name, kind in INPUTS.items()} == wire_types(ensemble.input)
+    assert dict(OUTPUTS) == wire_types(ensemble.output)
+
+
+def test_sdk_sends_the_delivery_parameters_that_the_server_reads() -> None:
+    from turbo_backend.parameters import Delivery
+    from turbo_client._requests import PARAMETERS
+
+    assert set(PARAMETERS) == {field.name for field in dataclasses.fields(Delivery)} | {"priority"}
