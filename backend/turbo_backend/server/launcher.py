@@ -27,13 +27,13 @@ def ready_line(server: TritonServer, model: str) -> str:
 
 
 def serve(server: TritonServer, model: str) -> int:
-    """Starts `server`, prints `ready_line`, and waits until a signal or its own end.
+    """Starts `server`, prints `ready_line` each time that it is ready, and waits until a signal or its own end.
 
     SIGTERM and SIGINT stop it cleanly, also while it is still loading: requests in flight hold the stop up to the
     server's `exit_timeout`. A second one kills it.
 
     Returns:
-        0 when it stopped as told, 1 when it ended by itself or had to be killed, 130 after a second signal.
+        0 when it stopped as told, 1 when it ended for good by itself or had to be killed, 130 after a second signal.
 
     Raises:
         Misconfigured: it did not become ready.
@@ -50,13 +50,12 @@ def serve(server: TritonServer, model: str) -> int:
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         try:
-            server.start()
-            print(ready_line(server, model), flush=True)
+            server.start(lambda: print(ready_line(server, model), flush=True))
             code = server.wait()
         except _StopRequested:
             print("stopping: waiting for requests in flight; once more to stop at once", file=sys.stderr, flush=True)
         else:
-            print(f"tritonserver ended by itself with status {code}", file=sys.stderr, flush=True)
+            print(f"error: tritonserver is gone (status {code})", file=sys.stderr, flush=True)
             return EXIT_FAILED
         code = server.stop() or 0
         if signals_seen > 1:

@@ -1,4 +1,4 @@
-"""A tritonserver process: started, waited for, stopped, and nothing of it left behind."""
+"""A tritonserver process: started, waited for, restarted when it breaks, stopped, and nothing of it left behind."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -30,6 +31,7 @@ from turbo_backend.server.backend_directory import (
 from turbo_backend.server.binary import TritonInstallation, find_triton
 from turbo_backend.server.ports import choose_ports, is_free
 from turbo_backend.server.repository import find_model_repository
+from turbo_backend.server.watchdog import ModelProcesses, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ _OWN_OPTIONS = {
     "log-verbose": "--log-verbose of turbodiffusion-server, before `--`",
 }
 _START_ATTEMPTS = 5
+#: What requests in flight may still take when a model process has died: Triton would never end by itself then.
+_RESTART_GRACE_SECONDS = 5.0
 _TAIL_BYTES = 1 << 16
 _TAIL_LINES = 30
 _TAIL_WIDTH = 400
@@ -79,6 +83,8 @@ class TritonServer:
         log_verbose: Triton's log level.
         ready_timeout: seconds in which every model must be loaded and warm.
         exit_timeout: seconds that requests in flight may hold up a stop.
+        restarts: how often in ten minutes the server is restarted, on the same ports, when it or one of its model
+            processes dies; at the next death it ends for good. Absent: nobody looks, and Triton stays as it is.
 
     Attributes:
         grpc_url, http_url, metrics_url: where it listens; gRPC as `host:port`, the others with scheme.
@@ -102,6 +108,7 @@ class TritonServer:
         log_verbose: int = 0,
         ready_timeout: float = 600.0,
         exit_timeout: float = 30.0,
+        restarts: int | None = None,
     ) -> None:
         _check_options(options)
         if log_to_stderr and log_path is not None:
@@ -121,6 +128,11 @@ class TritonServer:
         self._log_verbose = log_verbose
         self._ready_timeout = ready_timeout
         self._exit_timeout = exit_timeout
+        self._restarts = restarts
+        self._watchdog: Watchdog | None = None
+        self._stopping = threading.Event()
+        self._models: ModelProcesses | None = None
+        self._final_code: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._folder: Path | None = None
@@ -160,46 +172,55 @@ class TritonServer:
     ) -> None:
         self.stop()
 
-    def start(self) -> None:
+    def start(self, on_ready: Callable[[], None] | None = None) -> None:
         """Starts the server and returns when every model is ready.
+
+        Args:
+            on_ready: called then, and again after each restart (from another thread).
 
         Raises:
             Misconfigured: it cannot be started, ended by itself, or was not ready in time; with the log's end
                 where the log is a file. Nothing is left running.
         """
-        if self._process is not None:
+        if self._process is not None or self._watchdog is not None:
             raise RuntimeError("this server has been started already")
-        installation = self._installation or find_triton()
-        check_installation(installation)
-        deadline = time.monotonic() + self._ready_timeout
-        for attempt in range(_START_ATTEMPTS):
-            self._ports = choose_ports(self.host, self._requested_ports)
-            try:
-                self._launch(installation)
-                if self._wait_ready(deadline):
-                    return
-            except BaseException:
-                self.stop(0)
-                raise
-            code = self._process.returncode if self._process is not None else None
-            lost = [port for port in self._ports if not is_free(self.host, port)]
-            tail = self._log_tail()
-            self.stop(0)
-            if lost and 0 in self._requested_ports and attempt + 1 < _START_ATTEMPTS:
-                logger.warning("port %s was taken by another process; starting anew", ", ".join(map(str, lost)))
-                continue
-            raise Misconfigured(f"tritonserver ended with status {code} before it was ready{tail}")
+        self._stopping.clear()
+        self._start_once(self._requested_ports)
+        if on_ready is not None:
+            on_ready()
+        if self._restarts is None:
+            return
+
+        def restart() -> None:
+            self._end(_RESTART_GRACE_SECONDS)
+            self._start_once(self._ports)
+            if on_ready is not None:
+                on_ready()
+
+        self._watchdog = Watchdog(
+            find_failure=self._find_failure,
+            restart=restart,
+            give_up=self._give_up,
+            limit=self._restarts,
+            stopping=self._stopping,
+        )
 
     def poll(self) -> int | None:
-        """The server's exit status, or None while it runs; 128 + N when signal N ended it."""
+        """The server's exit status, or None while it runs (or is restarted); 128 + N when signal N ended it."""
+        if self._watchdog is not None:
+            return self._final_code if self._watchdog.ended.is_set() else None
         return self._process.poll() if self._process is not None else None
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits until the server has ended and everything of it is gone; returns its exit status.
+        """Waits until the server has ended, for good, and everything of it is gone; returns its exit status.
 
         Raises:
             subprocess.TimeoutExpired: it still runs after `timeout` seconds.
         """
+        if self._watchdog is not None:
+            if not self._watchdog.ended.wait(timeout):
+                raise subprocess.TimeoutExpired("tritonserver", timeout or 0.0)
+            return self._final_code or 0
         if self._process is None:
             raise RuntimeError("this server has not been started")
         return self._process.wait(timeout)
@@ -211,19 +232,72 @@ class TritonServer:
             timeout: seconds until SIGKILL; `exit_timeout` and time for unloading when absent.
 
         Returns:
-            Its exit status: 0 when it stopped by itself, 137 when it was killed; None if it never ran.
+            Its exit status: 0 when it stopped with nothing left in flight, 137 when it was killed; None if it
+            never ran.
         """
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
+        seconds = self._exit_timeout + 15.0 if timeout is None else timeout
+        ran = self._process is not None and self._process.poll() is None
+        code = self._end(seconds)
+        if ran and code == 137 and seconds > 0:
+            logger.warning("tritonserver did not stop within %.1f s and was killed", seconds)
+        return code
+
+    def request_stop(self, timeout: float) -> None:
+        """Tells the server to stop and returns at once; it is killed after `timeout` seconds."""
+        control = self._control
+        if control is not None:
+            with contextlib.suppress(OSError):  # it has ended already
+                control.sendall(f"stop {timeout}\n".encode("ascii"))
+
+    def _find_failure(self) -> str | None:
+        """What has died of a server that was ready, in words."""
+        assert self._process is not None
+        code = self._process.poll()
+        if code is not None:
+            return f"tritonserver ended by itself with status {code}"
+        if self._models is None:
+            assert self.pid is not None
+            self._models = ModelProcesses(self.pid)
+        return self._models.find_dead()
+
+    def _give_up(self) -> None:
+        self._final_code = self._end(_RESTART_GRACE_SECONDS)
+
+    def _start_once(self, ports: tuple[int, ...]) -> None:
+        installation = self._installation or find_triton()
+        check_installation(installation)
+        deadline = time.monotonic() + self._ready_timeout
+        for attempt in range(_START_ATTEMPTS):
+            self._ports = choose_ports(self.host, ports)
+            try:
+                self._launch(installation)
+                if self._wait_ready(deadline):
+                    return
+            except BaseException:
+                self._end(0)
+                raise
+            code = self._process.returncode if self._process is not None else None
+            lost = [port for port in self._ports if not is_free(self.host, port)]
+            tail = self._log_tail()
+            self._end(0)
+            if lost and 0 in ports and attempt + 1 < _START_ATTEMPTS:
+                logger.warning("port %s was taken by another process; starting anew", ", ".join(map(str, lost)))
+                continue
+            raise Misconfigured(f"tritonserver ended with status {code} before it was ready{tail}")
+
+    def _end(self, seconds: float) -> int | None:
+        """Stops the process, if there is one, and removes what it leaves; returns its exit status."""
         process = self._process
         if process is None:
             return None
-        seconds = self._exit_timeout + 15.0 if timeout is None else timeout
         self.request_stop(seconds)
         code = process.wait()
         if self._log is not None:
             self._log.close()
             self._log = None
-        if code == 137 and seconds > 0:
-            logger.warning("tritonserver did not stop within %.1f s and was killed", seconds)
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -232,14 +306,9 @@ class TritonServer:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._process = None
+        self._models = None
         self.pid = None
         return code
-
-    def request_stop(self, timeout: float) -> None:
-        """Tells the server to stop and returns at once; it is killed after `timeout` seconds."""
-        if self._control is not None:
-            with contextlib.suppress(OSError):  # it has ended already
-                self._control.sendall(f"stop {timeout}\n".encode("ascii"))
 
     def _launch(self, installation: TritonInstallation) -> None:
         self._server_id = f"turbo-{os.getpid()}-{secrets.token_hex(4)}"
@@ -299,7 +368,10 @@ class TritonServer:
             Misconfigured: neither happened before `deadline`.
         """
         pause = 0.02
-        while self.poll() is None:
+        assert self._process is not None
+        while self._process.poll() is None:
+            if self._stopping.is_set():
+                raise Misconfigured("told to stop while it was restarted")
             if self._is_ready():
                 return True
             if time.monotonic() >= deadline:

@@ -5,10 +5,16 @@ Run by path as `python -I -S supervisor.py SOCKET GRACE SHM_PREFIX FOLDER COMMAN
 
 - writes the server's process id to the socket as one line;
 - stops the server when it reads `stop SECONDS` or the socket closes (the launcher died) or on SIGTERM: SIGTERM first,
-  SIGKILL to the whole process group when SECONDS (at first: GRACE) are over;
+  SIGKILL to the whole process group when SECONDS (at first: GRACE) are over, or sooner when nothing is in flight any
+  more and the server still does not end;
 - waits for all that the server leaves behind (it is their reaper), then removes the shared memory files that begin
   with SHM_PREFIX, and FOLDER;
-- exits with the server's exit status, or 128 + N when signal N ended it.
+- exits with the server's exit status, or 128 + N when signal N ended it; 0 when the signal was this process's own and
+  nothing was in flight.
+
+Nothing is in flight once no model process is alive: Triton unloads a model after its last request has ended, and a
+model whose process died answers no request. Triton 2.51 can hang from there on until its exit timeout: a model process
+that died is never unloaded, and some malformed requests leave a reference to their model behind.
 """
 
 from __future__ import annotations
@@ -30,6 +36,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108  (where POSIX puts it, not a temporary file of ours)
 #: Python models notice within a third of a second that their server is gone.
 _STUB_GRACE_SECONDS = 3.0
+#: How long a server that is stopping may live on without a live model process, and how often that is looked at.
+_IDLE_SECONDS = 5.0
+_LOOK_SECONDS = 0.25
 
 
 def main(arguments: list[str]) -> int:
@@ -77,20 +86,38 @@ def _spawn(command: list[str], control: socket.socket, prctl: Callable[..., int]
     os._exit(127)
 
 
+def child_states(pid: int) -> dict[int, str]:
+    """State letter (`S`, `R`, `Z`, ...) by process id of the children of process `pid`; those just gone are absent."""
+    states: dict[int, str] = {}
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                for child in _read(f"/proc/{pid}/task/{thread}/children").split():
+                    # The name, in parentheses, may hold anything; the state follows it.
+                    states[int(child)] = _read(f"/proc/{child}/stat").rpartition(")")[2].split()[0]
+    return states
+
+
 def _supervise(server: int, control: socket.socket, wakeup: int, grace: float) -> int:
     """Waits for the server's end and brings it about when told to; returns its exit status."""
     deadline: float | None = None
+    idle_deadline: float | None = None
+    was_idle = False
     watched: list[int | socket.socket] = [control, wakeup]
     while True:
         status = _reap(server)
         if status is not None:
-            return status
-        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        readable, _, _ = select.select(watched, [], [], timeout)
-        if deadline is not None and time.monotonic() >= deadline:
-            _kill_group(server)
-            deadline = None
-            continue
+            return 0 if was_idle and status == 128 + signal.SIGKILL else status
+        now = time.monotonic()
+        if deadline is not None:
+            if any(state != "Z" for state in child_states(server).values()):
+                idle_deadline = None
+            elif idle_deadline is None:
+                idle_deadline = now + _IDLE_SECONDS
+            was_idle = idle_deadline is not None and now >= idle_deadline
+            if was_idle or now >= deadline:
+                _kill_group(server)
+        readable, _, _ = select.select(watched, [], [], None if deadline is None else _LOOK_SECONDS)
         seconds: float | None = None
         if wakeup in readable and signal.SIGTERM in os.read(wakeup, 512):
             seconds = grace
@@ -139,8 +166,12 @@ def _reap_the_rest(server: int) -> None:
 
 
 def _children() -> list[int]:
-    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
-        return [int(word) for word in file.read().split()]
+    return [int(word) for word in _read(f"/proc/self/task/{os.getpid()}/children").split()]
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
 
 
 def _kill_group(group: int) -> None:
