@@ -8,7 +8,7 @@ from turbo_backend.config import MODELS, DiTConfig
 from turbo_backend.nets.attention import AttentionSettings
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
-from turbo_backend.quantization import Int8Linear, quantize_linears
+from turbo_backend.quantization import Fp8Linear, Int8Linear, apply_linear, convert_to_fp8, quantize_linears
 
 CONFIG = DiTConfig(dim=256, ffn_dim=384, num_heads=4, num_layers=2, text_dim=48, text_len=24)
 
@@ -155,3 +155,38 @@ def test_quantised_network_beside_its_originals():
 
     assert 1e-4 < rmse("quantized", "dequantized") < 2e-2
     assert rmse("quantized", "net") < 3e-2
+
+
+def test_e4m3_linear_made_from_int8():
+    """Rows of the int8 weights' values, each rounded by at most half an e4m3 step."""
+    quantized = Int8Linear.from_linear(nn.Linear(256, 130).requires_grad_(False))
+    linear = Fp8Linear.from_int8(quantized)
+    assert {k: (v.dtype, tuple(v.shape)) for k, v in linear.state_dict().items()} == {
+        "fp8_weight": (torch.float8_e4m3fn, (130, 256)),
+        "scale": (torch.float32, (130,)),
+        "bias": (torch.float32, (130,)),
+    }
+    exact = quantized.dequantized_weight()
+    rounded = linear.fp8_weight.float() * linear.scale[:, None]
+    step = exact.abs().clamp_min(exact.abs().amax(1, keepdim=True) * 2**-14) * 2**-4
+    assert ((rounded - exact).abs() <= 1.01 * step).all()
+    x = randn(2, 30, 256)
+    out, plain = apply_linear(linear, x, provider="reference"), x @ exact.T + linear.bias
+    assert out.dtype == x.dtype
+    assert 0.01 < ((out - plain).norm() / plain.norm()).item() < 0.045
+    x[1] *= 1000
+    assert torch.equal(linear(x)[1], linear(x[1:])[0])
+
+
+def test_conversion_and_casts_of_e4m3_linears():
+    net = make_net()
+    quantize_linears(net)
+    assert net.linear_kind == "int8"
+    convert_to_fp8(net)
+    assert net.linear_kind == "fp8"
+    assert not any(isinstance(module, Int8Linear) for module in net.modules())
+    scale = net.blocks[0].ffn[0].scale.clone()
+    net.to(torch.bfloat16)
+    assert net.blocks[0].ffn[0].fp8_weight.dtype == torch.float8_e4m3fn
+    assert net.blocks[0].ffn[0].bias.dtype == torch.bfloat16
+    assert torch.equal(net.blocks[0].ffn[0].scale, scale)

@@ -57,11 +57,13 @@ class SampleContext:
     Attributes:
         keys, values: [num_layers, S, H, D].
         num_padding: how many equal padding rows the last row stands for; 0 if the prompt fills the text length.
+        value_amax: float32 [num_layers], largest magnitude of each layer's values, which bounds the output.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     num_padding: int
+    value_amax: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,24 +149,28 @@ class SelfAttention(_Attention):
         q_BLM, k_BLM, v_BLM = self.project_qkv(x_BLM, provider=provider)
         q_BLHD = self._norm_rope(q_BLM, self.norm_q, rope, provider)
         k_BLHD = self._norm_rope(k_BLM, self.norm_k, rope, provider)
-        v_BLHD = self._split_heads(v_BLM)
-        if attention.attention_type == "original":
-            out_BLHD = dense_attention(q_BLHD, k_BLHD, v_BLHD, provider=provider)
-        elif self.attn_op is None:
-            raise InvalidArgument("ATTENTION_TYPE", attention.attention_type, "original: this network has no proj_l")
-        else:
-            proj_l = self.attn_op.local_attn.proj_l
-            out_BLHD = sla_attention(
-                q_BLHD,
-                k_BLHD,
-                v_BLHD,
-                proj_l.weight,
-                proj_l.bias,
-                attention_type=attention.attention_type,
-                topk=attention.sla_topk,
-                provider=attention.provider,
-            )
+        out_BLHD = self.attend(q_BLHD, k_BLHD, self._split_heads(v_BLM), attention)
         return apply_linear(self.o, out_BLHD.flatten(-2), provider=provider)
+
+    def attend(
+        self, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor, attention: AttentionSettings
+    ) -> torch.Tensor:
+        """Attention of the chosen type on normalised, rotated queries and keys."""
+        if attention.attention_type == "original":
+            return dense_attention(q_BLHD, k_BLHD, v_BLHD, provider=attention.op_provider)
+        if self.attn_op is None:
+            raise InvalidArgument("ATTENTION_TYPE", attention.attention_type, "original: this network has no proj_l")
+        proj_l = self.attn_op.local_attn.proj_l
+        return sla_attention(
+            q_BLHD,
+            k_BLHD,
+            v_BLHD,
+            proj_l.weight,
+            proj_l.bias,
+            attention_type=attention.attention_type,
+            topk=attention.sla_topk,
+            provider=attention.provider,
+        )
 
 
 class CrossAttention(_Attention):

@@ -16,9 +16,18 @@ from torch import nn
 from turbo_backend.config import DiTConfig
 from turbo_backend.errors import InvalidArgument
 from turbo_backend.nets.attention import AttentionSettings, CrossAttention, SampleContext, SelfAttention, TextContext
+from turbo_backend.nets.fused import FusedStream, run_block
 from turbo_backend.nets.rope import rope_table
-from turbo_backend.quantization import apply_linear
+from turbo_backend.quantization import (
+    Fp8Linear,
+    Int8Linear,
+    LinearWeights,
+    apply_linear,
+    convert_to_fp8,
+    lay_side_by_side,
+)
 from turbo_kernels import default_provider, gate_residual, layer_norm_modulate
+from turbo_kernels.fp8_linear import multiplies_fp8
 
 #: Parts of a key that mark tensors to keep in float32 whatever the network's dtype: the time path and the head are
 #: computed in float32, norms apply their weights in float32, and int8 scales are float32 by format.
@@ -90,9 +99,18 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
 
     def forward(self, x_BLM: torch.Tensor, time_BM: torch.Tensor, *, provider: str) -> torch.Tensor:
-        shift, scale = (self.modulation.float() + time_BM[:, None]).unbind(1)
+        shift, scale = self.shift_and_scale(time_BM)
         h = layer_norm_modulate(x_BLM.float(), scale_BD=scale, shift_BD=shift, eps=self.eps, provider=provider)
-        return _linear_fp32(self.head, h)
+        return self.project(h)
+
+    def shift_and_scale(self, time_BM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [B, M] each."""
+        shift, scale = (self.modulation.float() + time_BM[:, None]).unbind(1)
+        return shift, scale
+
+    def project(self, h_BLM: torch.Tensor) -> torch.Tensor:
+        """The modulated float32 norm to one patch a token."""
+        return _linear_fp32(self.head, h_BLM)
 
 
 class WanDiT(nn.Module):
@@ -130,6 +148,33 @@ class WanDiT(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
+
+    @property
+    def linear_kind(self) -> str:
+        """How the blocks' linears multiply: `int8`, `fp8` (e4m3), or the dtype of the weights, such as `bfloat16`."""
+        linear = self._typed_blocks()[0].ffn[0]
+        if isinstance(linear, Int8Linear):
+            return "int8"
+        return "fp8" if isinstance(linear, Fp8Linear) else str(linear.weight.dtype).removeprefix("torch.")
+
+    @torch.no_grad()
+    def prepare_for_inference(self) -> None:
+        """Suits loaded weights to their device; call it once, after loading. Does nothing on the CPU.
+
+        On a GPU the projections of q, k and v become one product, under the same state-dict keys. Int8 linears of a
+        bfloat16 network become e4m3 ones (`Fp8Linear`) where the GPU multiplies e4m3: `linear_kind` tells.
+        """
+        if self.device.type != "cuda":
+            return
+        if self.linear_kind == "int8" and self.dtype == torch.bfloat16 and multiplies_fp8(self.device):
+            convert_to_fp8(self)
+        self.fuse_projections()
+
+    def fuse_projections(self) -> None:
+        """Lays q, k and v of every self-attention side by side, so that one product makes all three."""
+        for block in self._typed_blocks():
+            attn = block.self_attn
+            lay_side_by_side((attn.q, attn.k, attn.v))
 
     @torch.no_grad()
     def prepare_context(
@@ -175,7 +220,8 @@ class WanDiT(nn.Module):
         values = torch.empty_like(keys)
         for layer, block in enumerate(self._typed_blocks()):
             keys[layer], values[layer] = block.cross_attn.project_context(embedded_SM, provider=provider)
-        return SampleContext(keys=keys, values=values, num_padding=num_padding)
+        value_amax = values.abs().amax((1, 2, 3)).float()
+        return SampleContext(keys=keys, values=values, num_padding=num_padding, value_amax=value_amax)
 
     @torch.no_grad()
     def forward(
@@ -209,11 +255,34 @@ class WanDiT(nn.Module):
             rope = rope_table(grid, config.head_dim, self.device)
 
         time_BM, modulation = self._embed_time(timesteps)
-        x_BLM = self.patch_embedding(patchify(latents.to(self.dtype), config.patch_size))
-        for layer, block in enumerate(self._typed_blocks()):
-            x_BLM = block(x_BLM, modulation[layer], context, layer, rope, attention)
-        out_BLP = self.head(x_BLM, time_BM, provider=provider)
+        patches_BLC = patchify(latents.to(self.dtype), config.patch_size)
+        if provider == "triton":
+            x_BLM = LinearWeights.of(self.patch_embedding).multiply(patches_BLC, provider=provider)
+            out_BLP = self._run_fused(x_BLM, time_BM, modulation, context, rope, attention)
+        else:
+            x_BLM = self.patch_embedding(patches_BLC)
+            for layer, block in enumerate(self._typed_blocks()):
+                x_BLM = block(x_BLM, modulation[layer], context, layer, rope, attention)
+            out_BLP = self.head(x_BLM, time_BM, provider=provider)
         return unpatchify(out_BLP, grid, config.patch_size)
+
+    def _run_fused(
+        self,
+        x_BLM: torch.Tensor,
+        time_BM: torch.Tensor,
+        modulation: torch.Tensor,
+        context: TextContext,
+        rope: torch.Tensor,
+        attention: AttentionSettings,
+    ) -> torch.Tensor:
+        """All blocks and the head; each branch's output joins the residual stream in the kernel of the next norm."""
+        stream = FusedStream(x_BLM, attention.op_provider)
+        for layer, block in enumerate(self._typed_blocks()):
+            run_block(block, stream, modulation[layer], context, layer, rope, attention)
+        shift, scale = self.head.shift_and_scale(time_BM)
+        h = stream.norm(scale_BD=scale, shift_BD=shift, eps=self.head.eps, out_dtype=torch.float32)
+        assert isinstance(h, torch.Tensor)
+        return self.head.project(h)
 
     def _check_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, context: TextContext

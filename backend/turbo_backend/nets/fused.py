@@ -1,0 +1,140 @@
+"""A transformer block as a GPU runs it: the formulas of `dit.Block` in the fewest passes over memory.
+
+    norm, modulation and 8-bit rounding ride on the addition of the branch before     (`residual_norm`)
+    q, k, v              one product; norm and rotation of q and k in one kernel       (`qk_norm_rope`)
+    cross-attention      norm of q, softmax and 8-bit rounding in one kernel           (`text_attention`)
+    GELU                 in the epilogue of its product, or with the 8-bit rounding    (`quantize_fp8_rows`)
+
+Shapes: B batch, L tokens, H heads, D channels of a head, M channels of the model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from turbo_backend.nets.attention import AttentionSettings, CrossAttention, SelfAttention, TextContext
+from turbo_backend.quantization import Fp8Linear, LinearWeights
+from turbo_kernels.fp8_linear import Fp8Rows, quantize_fp8_rows
+from turbo_kernels.qk_norm_rope import qk_norm_rope
+from turbo_kernels.residual_norm import residual_norm
+from turbo_kernels.text_attention import text_attention
+
+if TYPE_CHECKING:
+    from turbo_backend.nets.dit import Block
+
+Activations = torch.Tensor | Fp8Rows
+
+
+class FusedStream:
+    """The residual stream [B, L, M], and the last branch's output, which the next norm adds to it."""
+
+    def __init__(self, x_BLM: torch.Tensor, provider: str) -> None:
+        self._x = x_BLM
+        self._branch: torch.Tensor | None = None
+        self._gate: torch.Tensor | None = None
+        self._provider = provider
+
+    def add(self, branch_BLM: torch.Tensor, gate_BM: torch.Tensor | None) -> None:
+        """Leaves x + branch * gate to the next `norm`."""
+        assert self._branch is None
+        self._branch, self._gate = branch_BLM, gate_BM
+
+    def norm(self, **parameters: Any) -> Activations:
+        """Completes the stream and returns its norm; `parameters` as `residual_norm` takes them."""
+        self._x, h = residual_norm(self._x, self._branch, self._gate, **parameters, provider=self._provider)
+        self._branch = self._gate = None
+        return h
+
+
+def run_block(
+    block: Block,
+    stream: FusedStream,
+    modulation_6BM: torch.Tensor,
+    context: TextContext,
+    layer: int,
+    rope: torch.Tensor,
+    attention: AttentionSettings,
+) -> None:
+    """One block; modulation float32: shift1, scale1, gate1, shift2, scale2, gate2."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation_6BM.unbind(0)
+    eps, provider = block.eps, attention.op_provider
+    self_attn, cross_attn = block.self_attn, block.cross_attn
+    h = stream.norm(scale_BD=scale1, shift_BD=shift1, eps=eps, out_dtype=_input_dtype(self_attn.q))
+    stream.add(_attend_to_video(self_attn, h, rope, attention), gate1)
+    norm3 = block.norm3
+    h = stream.norm(weight=norm3.weight, bias=norm3.bias, eps=eps, out_dtype=_input_dtype(cross_attn.q))
+    stream.add(_attend_to_text(cross_attn, h, context, layer, provider), None)
+    h = stream.norm(scale_BD=scale2, shift_BD=shift2, eps=eps, out_dtype=_input_dtype(block.ffn[0]))
+    stream.add(_feed_forward(block.ffn, h, provider), gate2)
+
+
+def _input_dtype(linear: nn.Module) -> torch.dtype | None:
+    """e4m3 for a linear that multiplies it; None is the dtype of the stream."""
+    return torch.float8_e4m3fn if isinstance(linear, Fp8Linear) else None
+
+
+def _attend_to_video(
+    attn: SelfAttention, h: Activations, rope: torch.Tensor, attention: AttentionSettings
+) -> torch.Tensor:
+    provider = attention.op_provider
+    linears = (attn.q, attn.k, attn.v)
+    joint = LinearWeights.joined(linears)
+    if joint is None:  # not laid side by side: three products
+        q, k, v = (LinearWeights.of(linear).multiply(h, provider=provider) for linear in linears)
+    else:
+        q, k, v = joint.multiply(h, provider=provider).chunk(3, dim=-1)
+    v_BLHD = v.view(*v.shape[:-1], attn.num_heads, -1)
+    q_BLHD, k_BLHD = qk_norm_rope(
+        q, k, attn.norm_q.weight, attn.norm_k.weight, rope, num_heads=attn.num_heads, eps=attn.eps, provider=provider
+    )
+    out_BLM = attn.attend(q_BLHD, k_BLHD, v_BLHD, attention).flatten(-2)
+    return LinearWeights.of(attn.o).multiply(out_BLM, provider=provider)
+
+
+def _attend_to_text(
+    attn: CrossAttention, h: Activations, context: TextContext, layer: int, provider: str
+) -> torch.Tensor:
+    q_BLM = LinearWeights.of(attn.q).multiply(h, provider=provider)
+    in_fp8 = isinstance(attn.o, Fp8Linear)
+    # Sample by sample: prompts differ in length.
+    outs = [
+        text_attention(
+            q_LM,
+            attn.norm_q.weight,
+            sample.keys[layer],
+            sample.values[layer],
+            eps=attn.eps,
+            last_count=max(sample.num_padding, 1),
+            value_amax=sample.value_amax[layer] if in_fp8 else None,
+            provider=provider,
+        )
+        for q_LM, sample in zip(q_BLM, context.samples, strict=True)
+    ]
+    return LinearWeights.of(attn.o).multiply(_stack(outs), provider=provider)
+
+
+def _stack(samples: list[Activations]) -> Activations:
+    """[B, ...] of samples alike; one alone is not copied."""
+    rows = [sample for sample in samples if isinstance(sample, Fp8Rows)]
+    if rows:
+        values = [row.values.view(torch.uint8) for row in rows]
+        scales = [row.scale for row in rows]
+        if len(rows) == 1:
+            return Fp8Rows(rows[0].values[None], scales[0][None])
+        return Fp8Rows(torch.stack(values).view(torch.float8_e4m3fn), torch.stack(scales))
+    tensors = [sample for sample in samples if isinstance(sample, torch.Tensor)]
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _feed_forward(ffn: nn.Sequential, h: Activations, provider: str) -> torch.Tensor:
+    up, _, down = ffn
+    if isinstance(down, Fp8Linear):
+        hidden: Activations = quantize_fp8_rows(
+            LinearWeights.of(up).multiply(h, provider=provider), gelu=True, provider=provider
+        )
+    else:
+        hidden = LinearWeights.of(up).multiply(h, provider=provider, gelu=True)
+    return LinearWeights.of(down).multiply(hidden, provider=provider)

@@ -1,0 +1,229 @@
+"""Gated residual, the LayerNorm behind it, its modulation, and 8-bit rounding for the next product: one pass.
+
+    x'  = x + y [* gate]                                          rounded to the dtype of x
+    h   = LN(x') [* weight + bias] [* (1 + scale) + shift]        LN in fp32 with the true variance over D
+    out = h, or e4m3 rows of h with one scale a token
+
+Source: Wan2.1 (adaLN blocks); the fusion is that of any memory-bound chain: each tensor is read and written once.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+
+from turbo_kernels.checks import check_float
+from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX, Fp8Rows, piece_warps, quantize_fp8_rows, row_pieces
+from turbo_kernels.gate_residual import gate_residual
+from turbo_kernels.layer_norm import layer_norm_modulate
+from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
+
+#: Tokens a program takes one after another.
+_ROWS = 4
+
+
+def residual_norm(
+    x_BLD: torch.Tensor,
+    y_BLD: torch.Tensor | None = None,
+    gate_BD: torch.Tensor | None = None,
+    *,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    scale_BD: torch.Tensor | None = None,
+    shift_BD: torch.Tensor | None = None,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    provider: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | Fp8Rows]:
+    """Add a branch's output to the residual stream and prepare the next branch's input.
+
+    Args:
+        x_BLD: the residual stream.
+        y_BLD: what is added to it; None adds nothing.
+        gate_BD: factor of y by sample; None is one.
+        weight, bias: [D], both or neither.
+        scale_BD, shift_BD: [B, D], both or neither.
+        out_dtype: of h: that of x (None), torch.float32, or torch.float8_e4m3fn for `Fp8Rows`.
+
+    Returns:
+        x', in the dtype of x (x itself where nothing is added), and h.
+
+    Raises:
+        ValueError: shapes, dtypes or provider that do not fit.
+    """
+    check_float("x", x_BLD)
+    if x_BLD.ndim != 3 or 0 in x_BLD.shape or x_BLD.shape[-1] < 2:
+        raise ValueError(f"x has shape {tuple(x_BLD.shape)}: must be [B, L, D], D 2 or more, not empty")
+    B, _, D = x_BLD.shape
+    out_dtype = out_dtype or x_BLD.dtype
+    if out_dtype not in (x_BLD.dtype, torch.float32, torch.float8_e4m3fn):
+        raise ValueError(f"out_dtype is {out_dtype}: must be {x_BLD.dtype}, float32 or float8_e4m3fn")
+    if (weight is None) != (bias is None) or (scale_BD is None) != (shift_BD is None):
+        raise ValueError("weight and bias, and scale and shift, must be given together or not at all")
+    if gate_BD is not None and y_BLD is None:
+        raise ValueError("a gate needs a y to act on")
+    for name, tensor, shape in (
+        ("y", y_BLD, tuple(x_BLD.shape)),
+        ("gate", gate_BD, (B, D)),
+        ("weight", weight, (D,)),
+        ("bias", bias, (D,)),
+        ("scale", scale_BD, (B, D)),
+        ("shift", shift_BD, (B, D)),
+    ):
+        if tensor is not None:
+            check_float(name, tensor)
+            if tuple(tensor.shape) != shape or tensor.device != x_BLD.device:
+                raise ValueError(
+                    f"{name} is {tuple(tensor.shape)} on {tensor.device}: must be {shape} on {x_BLD.device}"
+                )
+    provider = resolve_provider(provider, x_BLD.device, op="residual_norm")
+    if provider == "triton":
+        return _residual_norm_triton(x_BLD, y_BLD, gate_BD, weight, bias, scale_BD, shift_BD, eps, out_dtype)
+    if y_BLD is not None:
+        x_BLD = x_BLD + y_BLD if gate_BD is None else gate_residual(x_BLD, y_BLD, gate_BD, provider=provider)
+    x = x_BLD if out_dtype == x_BLD.dtype else x_BLD.float()
+    h = layer_norm_modulate(
+        x, weight=weight, bias=bias, scale_BD=scale_BD, shift_BD=shift_BD, eps=eps, provider=provider
+    )
+    return x_BLD, quantize_fp8_rows(h, provider=provider) if out_dtype == torch.float8_e4m3fn else h
+
+
+@triton.jit
+@no_type_check
+def _load_factors(
+    weight, bias, scale, shift, gate, o_d, inside, AFFINE: tl.constexpr, MODULATE: tl.constexpr, GATE: tl.constexpr
+):
+    """h = LN * factor + offset for weight, bias, scale and shift together; and the gate."""
+    b_factor = tl.full(o_d.shape, 1.0, dtype=tl.float32)
+    b_offset = tl.zeros(o_d.shape, dtype=tl.float32)
+    b_gate = tl.full(o_d.shape, 1.0, dtype=tl.float32)
+    if AFFINE:
+        b_factor = tl.load(weight + o_d, mask=inside, other=0.0).to(tl.float32)
+        b_offset = tl.load(bias + o_d, mask=inside, other=0.0).to(tl.float32)
+    if MODULATE:
+        b_scale = 1.0 + tl.load(scale + o_d, mask=inside, other=0.0).to(tl.float32)
+        b_factor = b_factor * b_scale
+        b_offset = b_offset * b_scale + tl.load(shift + o_d, mask=inside, other=0.0).to(tl.float32)
+    if GATE:
+        b_gate = tl.load(gate + o_d, mask=inside, other=0.0).to(tl.float32)
+    return b_factor, b_offset, b_gate
+
+
+@triton.jit
+@no_type_check
+def _add_branch(p_x, p_y, p_out, b_gate, inside, RESIDUAL: tl.constexpr):
+    """x', as its dtype rounds it, in fp32; stored where something was added."""
+    b_x = tl.load(p_x, mask=inside, other=0.0)
+    if RESIDUAL:
+        b_y = tl.load(p_y, mask=inside, other=0.0).to(tl.float32)
+        b_x = (b_x.to(tl.float32) + b_y * b_gate).to(p_out.dtype.element_ty)
+        tl.store(p_out, b_x, mask=inside)
+    return b_x.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["L"])
+@no_type_check
+def residual_norm_kernel(
+    x,
+    y,  # RESIDUAL only
+    gate,  # [B, D], GATE only
+    weight,  # [D], AFFINE only
+    bias,  # [D], AFFINE only
+    scale,  # [B, D], MODULATE only
+    shift,  # [B, D], MODULATE only
+    x_out,  # [B, L, D] contiguous, RESIDUAL only
+    h,  # [B, L, D] contiguous
+    h_scale,  # [B, L], QUANTIZE only
+    L,
+    D,
+    eps,
+    amax_floor,
+    fp8_max,
+    stride_xb,
+    stride_xl,
+    stride_yb,
+    stride_yl,
+    stride_gate,
+    stride_scale,
+    stride_shift,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATE: tl.constexpr,
+    AFFINE: tl.constexpr,
+    MODULATE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+):
+    i_b = tl.program_id(1).to(tl.int64)
+    o_0 = tl.arange(0, HEAD)
+    o_1 = HEAD + tl.arange(0, TAIL)
+    in_0 = o_0 < HEAD
+    in_1 = o_1 < D
+    scale += i_b * stride_scale
+    shift += i_b * stride_shift
+    gate += i_b * stride_gate
+    f_0, s_0, g_0 = _load_factors(weight, bias, scale, shift, gate, o_0, in_0, AFFINE, MODULATE, GATE)
+    f_1, s_1, g_1 = _load_factors(weight, bias, scale, shift, gate, o_1, in_1, AFFINE, MODULATE, GATE)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for i_l in range(first, tl.minimum(first + ROWS, L)):
+        p_x = x + i_b * stride_xb + i_l * stride_xl
+        p_y = y + i_b * stride_yb + i_l * stride_yl
+        p_out = x_out + (i_b * L + i_l) * D
+        b_0 = _add_branch(p_x + o_0, p_y + o_0, p_out + o_0, g_0, in_0, RESIDUAL)
+        b_1 = _add_branch(p_x + o_1, p_y + o_1, p_out + o_1, g_1, in_1, RESIDUAL)
+        mean = (tl.sum(b_0, 0) + tl.sum(b_1, 0)) / D
+        b_0 = b_0 - mean
+        b_1 = tl.where(in_1, b_1 - mean, 0.0)  # padded lanes must stay out of the variance
+        rstd = 1.0 / tl.sqrt((tl.sum(b_0 * b_0, 0) + tl.sum(b_1 * b_1, 0)) / D + eps)
+        b_0 = b_0 * rstd * f_0 + s_0
+        b_1 = b_1 * rstd * f_1 + s_1
+        if QUANTIZE:
+            amax = tl.maximum(tl.max(tl.abs(b_0), 0), tl.max(tl.abs(b_1), 0))
+            row_scale = tl.maximum(amax, amax_floor) * (1.0 / fp8_max)
+            inverse = 1.0 / row_scale
+            b_0 = tl.minimum(tl.maximum(b_0 * inverse, -fp8_max), fp8_max)
+            b_1 = tl.minimum(tl.maximum(b_1 * inverse, -fp8_max), fp8_max)
+            tl.store(h_scale + i_b * L + i_l, row_scale)
+        p_h = h + (i_b * L + i_l) * D
+        tl.store(p_h + o_0, b_0.to(h.dtype.element_ty))
+        tl.store(p_h + o_1, b_1.to(h.dtype.element_ty), mask=in_1)
+
+
+def _residual_norm_triton(
+    x_BLD: torch.Tensor,
+    y_BLD: torch.Tensor | None,
+    gate_BD: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale_BD: torch.Tensor | None,
+    shift_BD: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | Fp8Rows]:
+    B, L, D = x_BLD.shape
+    x = _rows(x_BLD)
+    y, gate, scale, shift = (x if t is None else _rows(t) for t in (y_BLD, gate_BD, scale_BD, shift_BD))
+    affine = (x, x) if weight is None or bias is None else (weight.contiguous(), bias.contiguous())
+    x_out = x if y_BLD is None else torch.empty(B, L, D, dtype=x.dtype, device=x.device)
+    h = torch.empty(B, L, D, dtype=out_dtype, device=x.device)
+    quantize = out_dtype == torch.float8_e4m3fn
+    h_scale = torch.empty(B, L, dtype=torch.float32, device=x.device) if quantize else x
+    head, tail = row_pieces(D)
+    with device_of(x):
+        residual_norm_kernel[(triton.cdiv(L, _ROWS), B)](
+            x, y, gate, *affine, scale, shift, x_out, h, h_scale, L, D, eps, AMAX_FLOOR, FP8_MAX,
+            *x.stride()[:2], *y.stride()[:2], gate.stride(0), scale.stride(0), shift.stride(0),
+            HEAD=head, TAIL=tail, ROWS=_ROWS, RESIDUAL=y_BLD is not None, GATE=gate_BD is not None,
+            AFFINE=weight is not None, MODULATE=scale_BD is not None, QUANTIZE=quantize,
+            num_warps=piece_warps(head), enable_fp_fusion=FUSE_FMA,
+        )  # fmt: skip
+    return x_BLD if y_BLD is None else x_out, Fp8Rows(h, h_scale) if quantize else h
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x itself where its last dimension is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()

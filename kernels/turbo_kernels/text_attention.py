@@ -1,0 +1,195 @@
+"""Cross-attention of video tokens to one short text, with the RMSNorm of the queries, in one pass over them.
+
+    q'  = q / sqrt(mean(q^2) + eps) * weight                 over all heads together
+    o   = softmax(q' k^T / sqrt(D) + [0, ..., 0, ln n]) v     n: how many equal keys the last one stands for
+    out = o, or e4m3(o / scale) with scale = max|v| / 448
+
+o is a mean of values, so max|v| bounds it and no row needs its own maximum: the bound lies a few binades above the
+largest output, of which e4m3 has fifteen.
+Source: Wan2.1 (cross-attention); upstream attends to every padding row, which the one weighted key stands for exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+
+from turbo_kernels.checks import HEAD_DIMS, check_float
+from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX, Fp8Rows
+from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
+
+_BLOCK_Q, _BLOCK_S = 64, 64
+#: Heads whose tiles are on their way while one is computed, plus one.
+_AHEAD = 2
+
+
+def text_attention(
+    q_LM: torch.Tensor,
+    q_weight_M: torch.Tensor,
+    k_SHD: torch.Tensor,
+    v_SHD: torch.Tensor,
+    *,
+    eps: float,
+    last_count: int = 1,
+    value_amax: torch.Tensor | None = None,
+    provider: str | None = None,
+) -> torch.Tensor | Fp8Rows:
+    """One sample's queries over its text.
+
+    Args:
+        q_LM: [L, H * D], not yet normalised, any row stride.
+        q_weight_M: [H * D] of the queries' RMSNorm.
+        k_SHD, v_SHD: [S, H, D], contiguous; D 64 or 128.
+        last_count: equal keys that the last one stands for, 1 or more.
+        value_amax: fp32 scalar, max|v|; asks for e4m3 rows.
+
+    Returns:
+        [L, H * D] in q's dtype, or `Fp8Rows` of that shape.
+
+    Raises:
+        ValueError: shapes, dtypes or provider that do not fit.
+    """
+    for name, tensor in (("q", q_LM), ("q_weight", q_weight_M), ("k", k_SHD), ("v", v_SHD)):
+        check_float(name, tensor)
+        if 0 in tensor.shape or tensor.device != q_LM.device:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} on {tensor.device}: empty, or not on {q_LM.device}")
+    if k_SHD.ndim != 3 or k_SHD.shape != v_SHD.shape or not (k_SHD.is_contiguous() and v_SHD.is_contiguous()):
+        raise ValueError(f"k and v are {tuple(k_SHD.shape)}, {tuple(v_SHD.shape)}: must be [S, H, D], contiguous")
+    if not q_LM.dtype == k_SHD.dtype == v_SHD.dtype:
+        raise ValueError(f"q, k, v are {q_LM.dtype}, {k_SHD.dtype}, {v_SHD.dtype}: must have one dtype")
+    _, H, D = k_SHD.shape
+    if q_LM.ndim != 2 or q_LM.shape[1] != H * D or q_LM.stride(1) != 1 or q_weight_M.shape != (H * D,):
+        raise ValueError(f"q is {tuple(q_LM.shape)}, its weight {tuple(q_weight_M.shape)}: must be [L, {H * D}] rows")
+    if D not in HEAD_DIMS:
+        raise ValueError(f"head_dim is {D}: must be 64 or 128")
+    if last_count < 1:
+        raise ValueError(f"last_count is {last_count}: must be 1 or more")
+    if value_amax is not None and (value_amax.numel() != 1 or value_amax.dtype != torch.float32):
+        raise ValueError(f"value_amax is {value_amax.dtype} {tuple(value_amax.shape)}: must be one float32")
+    provider = resolve_provider(provider, q_LM.device, op="text_attention")
+    if provider == "triton":
+        return _text_attention_triton(q_LM, q_weight_M, k_SHD, v_SHD, eps, last_count, value_amax)
+    q = q_LM.float()
+    q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + eps) * q_weight_M.float()
+    scores = torch.einsum("lhd,shd->hls", q.view(-1, H, D), k_SHD.float()) * D**-0.5
+    scores[..., -1] += math.log(last_count)
+    out = torch.einsum("hls,shd->lhd", scores.softmax(-1), v_SHD.float()).flatten(1)
+    if value_amax is None:
+        return out.to(q_LM.dtype)
+    scale = value_amax.view(1).clamp_min(AMAX_FLOOR) * (1.0 / FP8_MAX)
+    return Fp8Rows((out / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale.repeat(len(out)))
+
+
+@triton.jit
+@no_type_check
+def _attend(
+    b_q, k, v, start, S, i_h, H, row_max, row_sum, acc, scale, last_logit, D: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """Take one block of the text into the running softmax."""
+    o_s = start + tl.arange(0, BLOCK_S)
+    in_text = o_s < S
+    o_kv = o_s[:, None] * (H * D) + i_h * D + tl.arange(0, D)[None, :]
+    b_k = tl.load(k + o_kv, mask=in_text[:, None], other=0.0)  # [BLOCK_S, D]
+    b_v = tl.load(v + o_kv, mask=in_text[:, None], other=0.0)  # [BLOCK_S, D]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # in units of log 2
+    b_s += tl.where(o_s == S - 1, last_logit, 0.0)[None, :]
+    b_s = tl.where(in_text[None, :], b_s, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(b_s, 1))
+    b_p = tl.exp2(b_s - new_max[:, None])
+    shrink = tl.exp2(row_max - new_max)
+    row_sum = row_sum * shrink + tl.sum(b_p, 1)
+    acc = tl.dot(b_p.to(b_v.dtype), b_v, acc * shrink[:, None], input_precision="ieee")
+    return new_max, row_sum, acc
+
+
+@triton.jit(do_not_specialize=["L", "S", "last_logit"])
+@no_type_check
+def text_attention_kernel(
+    q,  # [L, H * D]
+    weight,  # [H * D]
+    k,  # [S, H, D]
+    v,  # [S, H, D]
+    value_amax,  # [1], QUANTIZE only
+    out,  # [L, H * D] contiguous
+    out_scale,  # [L], QUANTIZE only
+    L,
+    S,
+    eps,
+    scale,
+    last_logit,
+    amax_floor,
+    fp8_max,
+    stride_ql,
+    H,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+):
+    o_l = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
+    o_d = tl.arange(0, D)
+    inside = (o_l < L)[:, None]
+    p_q = q + o_l[:, None] * stride_ql + o_d[None, :]
+    squares = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
+    for i_h in tl.range(H, num_stages=AHEAD):
+        b_q = tl.load(p_q + i_h * D, mask=inside, other=0.0).to(tl.float32)
+        squares += b_q * b_q
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, 1) / (H * D) + eps)
+    inverse = 1.0
+    if QUANTIZE:
+        row_scale = tl.maximum(tl.load(value_amax), amax_floor) * (1.0 / fp8_max)
+        inverse = 1.0 / row_scale
+        tl.store(out_scale + o_l, tl.broadcast_to(row_scale, [BLOCK_Q]), mask=o_l < L)
+    for i_h in tl.range(H, num_stages=AHEAD):  # the second reading of q comes from the L2 cache
+        b_q = tl.load(p_q + i_h * D, mask=inside, other=0.0).to(tl.float32)
+        b_weight = tl.load(weight + i_h * D + o_d).to(tl.float32)
+        b_q = (b_q * rstd[:, None] * b_weight[None, :]).to(q.dtype.element_ty)
+        row_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+        row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
+        if ONE_BLOCK:  # no inner loop: the next head's tiles are fetched while this one is multiplied
+            row_max, row_sum, acc = _attend(
+                b_q, k, v, 0, S, i_h, H, row_max, row_sum, acc, scale, last_logit, D, BLOCK_S
+            )
+        else:
+            for start in range(0, S, BLOCK_S):
+                row_max, row_sum, acc = _attend(
+                    b_q, k, v, start, S, i_h, H, row_max, row_sum, acc, scale, last_logit, D, BLOCK_S
+                )
+        acc = acc / row_sum[:, None]
+        if QUANTIZE:
+            acc = tl.minimum(tl.maximum(acc * inverse, -fp8_max), fp8_max)
+        tl.store(out + o_l[:, None] * (H * D) + i_h * D + o_d[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+def _text_attention_triton(
+    q_LM: torch.Tensor,
+    q_weight_M: torch.Tensor,
+    k_SHD: torch.Tensor,
+    v_SHD: torch.Tensor,
+    eps: float,
+    last_count: int,
+    value_amax: torch.Tensor | None,
+) -> torch.Tensor | Fp8Rows:
+    L, M = q_LM.shape
+    S, H, D = k_SHD.shape
+    quantize = value_amax is not None
+    out = torch.empty(L, M, dtype=torch.float8_e4m3fn if quantize else q_LM.dtype, device=q_LM.device)
+    out_scale = torch.empty(L, dtype=torch.float32, device=q_LM.device) if quantize else out
+    log2_e = math.log2(math.e)
+    # One compiled kernel for each of a few text lengths: 32, 64, more.
+    block_s = _BLOCK_S // 2 if S <= _BLOCK_S // 2 else _BLOCK_S
+    with device_of(q_LM):
+        text_attention_kernel[(triton.cdiv(L, _BLOCK_Q),)](
+            q_LM, q_weight_M.contiguous(), k_SHD, v_SHD, q_LM if value_amax is None else value_amax, out, out_scale,
+            L, S, eps, D**-0.5 * log2_e, math.log(last_count) * log2_e, AMAX_FLOOR, FP8_MAX, q_LM.stride(0), H,
+            D=D, BLOCK_Q=_BLOCK_Q, BLOCK_S=block_s, ONE_BLOCK=block_s >= S, AHEAD=_AHEAD, QUANTIZE=quantize,
+            num_warps=4, num_stages=1, enable_fp_fusion=FUSE_FMA,
+        )  # fmt: skip
+    return Fp8Rows(out, out_scale) if quantize else out

@@ -1,0 +1,214 @@
+"""Kernels of the fused transformer block against exact formulas, in the interpreter and on a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from turbo_kernels.fp8_linear import FP8_MAX, Fp8Rows, fp8_linear, multiplies_fp8, quantize_fp8_rows, row_pieces
+from turbo_kernels.qk_norm_rope import qk_norm_rope
+from turbo_kernels.residual_norm import residual_norm
+from turbo_kernels.text_attention import text_attention
+
+pytestmark = pytest.mark.oracle
+
+
+def draw(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def assert_close(out: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    """fp32: order of sums. bf16: one rounding of the result, at most 2^-9 of the largest value, and one before it."""
+    assert out.dtype == dtype
+    assert out.shape == exact.shape
+    difference = (out.double() - exact.double()).abs().max() / exact.double().abs().max()
+    assert float(difference) <= (2e-6 if dtype == torch.float32 else 2**-7)
+
+
+def assert_rows_close(out: Fp8Rows, exact: torch.Tensor, *, amax: torch.Tensor | None = None) -> None:
+    """Scales by the rows' own maxima, or one given bound; each value the nearest of e4m3, or one beside it on a tie."""
+    assert out.values.dtype == torch.float8_e4m3fn
+    largest = exact.double().abs().amax(-1) if amax is None else amax.double().expand(exact.shape[:-1])
+    assert torch.allclose(out.scale.double(), largest / FP8_MAX, rtol=2e-2 if amax is None else 1e-6)
+    scaled = exact.double() / out.scale.double()[..., None]
+    binade = torch.exp2(torch.floor(torch.log2(scaled.abs().clamp_min(2**-6))))
+    close = (out.values.double() - scaled).abs() <= 0.6 * binade / 8
+    if exact.device.type == "cpu":
+        # triton's interpreter drops subnormal values, and the carry of a rounding into the next binade.
+        close |= (scaled.abs() < 2**-6) | (scaled.abs() >= 1.93 * binade) | (scaled.abs() <= 1.001 * binade)
+    assert close.all()
+
+
+def test_pieces_of_a_row() -> None:
+    assert [row_pieces(size) for size in (2, 256, 1536, 5120, 8960)] == [
+        (1, 1), (128, 128), (1024, 512), (4096, 1024), (8192, 1024),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("L", "K"), [(63, 256), (9, 300), (3, 1536)])
+def test_quantize_fp8_rows(device: torch.device, dtype: torch.dtype, L: int, K: int, gelu: bool) -> None:
+    x = draw(device, dtype, 2, L, K) * torch.logspace(-3, 3, L, device=device, dtype=dtype)[:, None]
+    x[0, 1] = 0
+    exact = F.gelu(x.double(), approximate="tanh") if gelu else x.double()
+    for provider in ("triton", "reference"):
+        out = quantize_fp8_rows(x, gelu=gelu, provider=provider)
+        assert (out.values[0, 1].float() == 0).all()
+        kept = torch.ones(2, L, dtype=torch.bool, device=device)
+        kept[0, 1] = False
+        assert_rows_close(Fp8Rows(out.values[kept], out.scale[kept]), exact[kept])
+
+
+@pytest.mark.parametrize(("L", "D"), [(7, 256), (5, 384), (3, 1536)])
+@pytest.mark.parametrize("branch", ["none", "plain", "gated"])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("modulate", [False, True])
+def test_residual_norm(
+    device: torch.device, dtype: torch.dtype, L: int, D: int, branch: str, affine: bool, modulate: bool
+) -> None:
+    # A mean well away from zero: padded lanes counted into the variance would show.
+    x, y, gate = (
+        draw(device, dtype, 2, L, D) + 3,
+        draw(device, dtype, 2, L, D, seed=1),
+        draw(device, dtype, 2, D, seed=2),
+    )
+    weight, bias = (draw(device, torch.float32, D, seed=s) if affine else None for s in (3, 4))
+    scale, shift = (draw(device, torch.float32, 2, D, seed=s) if modulate else None for s in (5, 6))
+    parameters = {"weight": weight, "bias": bias, "scale_BD": scale, "shift_BD": shift, "eps": 1e-6}
+    added = (None if branch == "none" else y, gate if branch == "gated" else None)
+    stream = x.double()
+    if branch != "none":
+        stream = stream + y.double() * (gate.double()[:, None] if branch == "gated" else 1)
+    stream = stream.to(dtype).double()
+    h = (stream - stream.mean(-1, keepdim=True)) / (stream.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+    if weight is not None and bias is not None:
+        h = h * weight.double() + bias.double()
+    if scale is not None and shift is not None:
+        h = h * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    for provider in ("triton", "reference"):
+        x_out, out = residual_norm(x, *added, **parameters, provider=provider)
+        assert isinstance(out, torch.Tensor)
+        assert_close(x_out, stream, dtype)
+        assert_close(out, h, dtype)
+        _, out = residual_norm(x, *added, **parameters, out_dtype=torch.float32, provider=provider)
+        assert isinstance(out, torch.Tensor)
+        assert_close(out, h, torch.float32) if dtype == torch.float32 else assert_close(out.to(dtype), h, dtype)
+        if dtype == torch.float32:  # a rounded stream moves an e4m3 value by more than its own step
+            _, rows = residual_norm(x, *added, **parameters, out_dtype=torch.float8_e4m3fn, provider=provider)
+            assert isinstance(rows, Fp8Rows)
+            assert_rows_close(rows, h)
+
+
+@pytest.mark.parametrize(("L", "D", "num_heads"), [(7, 256, 4), (11, 384, 3)])
+def test_qk_norm_rope(device: torch.device, dtype: torch.dtype, L: int, D: int, num_heads: int) -> None:
+    """Read through the strides of one joint projection."""
+    q, k, _ = draw(device, dtype, 2, L, 3 * D).chunk(3, dim=-1)
+    weights = [draw(device, torch.float32, D, seed=s) for s in (1, 2)]
+    head_dim = D // num_heads
+    angles = torch.rand(L, head_dim // 2, generator=torch.Generator().manual_seed(2)) * 6.3
+    rope = torch.stack((angles.cos(), angles.sin()), -1).to(device)
+    turn = torch.polar(torch.ones_like(angles), angles).to(device)[:, None].to(torch.complex128)
+    for provider in ("triton", "reference"):
+        outs = qk_norm_rope(q, k, *weights, rope, num_heads=num_heads, eps=1e-6, provider=provider)
+        for out, x, weight in zip(outs, (q, k), weights, strict=True):
+            exact = F.rms_norm(x.double(), (D,), weight.double(), 1e-6).view(2, L, num_heads, -1, 2)
+            exact = torch.view_as_real(torch.view_as_complex(exact) * turn).flatten(-2)
+            assert out.is_contiguous()
+            assert_close(out, exact, dtype)
+
+
+@pytest.mark.parametrize(("L", "S", "H", "D"), [(70, 1, 3, 64), (9, 32, 2, 128), (64, 61, 3, 64), (5, 130, 2, 64)])
+@pytest.mark.parametrize("last_count", [1, 452])
+def test_text_attention(
+    device: torch.device, dtype: torch.dtype, L: int, S: int, H: int, D: int, last_count: int
+) -> None:
+    """The weighted key is that many equal keys."""
+    q = draw(device, dtype, L, 2 * H * D)[:, : H * D]
+    weight = draw(device, torch.float32, H * D, seed=1)
+    k, v = (draw(device, dtype, S, H, D, seed=s) for s in (2, 3))
+    normed = F.rms_norm(q.double(), (H * D,), weight.double(), 1e-6).view(L, H, D)
+    keys, values = (torch.cat((x.double(), x[-1:].double().expand(last_count - 1, -1, -1))) for x in (k, v))
+    logits = torch.einsum("lhd,shd->hls", normed, keys) / math.sqrt(D)
+    exact = torch.einsum("hls,shd->lhd", logits.softmax(-1), values).flatten(1)
+    amax = v.abs().amax().float()
+    for provider in ("triton", "reference"):
+        out = text_attention(q, weight, k, v, eps=1e-6, last_count=last_count, provider=provider)
+        assert isinstance(out, torch.Tensor)
+        if dtype == torch.float32:
+            assert_close(out, exact, dtype)
+        else:
+            assert float((out.double() - exact).norm() / exact.norm()) <= 1e-2  # as sparse attention: P and q' rounded
+        rows = text_attention(q, weight, k, v, eps=1e-6, last_count=last_count, value_amax=amax, provider=provider)
+        assert isinstance(rows, Fp8Rows)
+        if dtype == torch.float32:
+            assert_rows_close(rows, exact, amax=amax)
+        else:
+            assert float((rows.dequantize().double() - exact).norm() / exact.norm()) <= 0.04
+
+
+def test_fp8_linear_multiplies_what_the_rows_stand_for() -> None:
+    x, weight = quantize_fp8_rows(torch.randn(2, 5, 64)), quantize_fp8_rows(torch.randn(32, 64))
+    bias = torch.randn(32)
+    exact = x.dequantize().double() @ weight.dequantize().double().T + bias.double()
+    assert_close(fp8_linear(x, weight, bias, out_dtype=torch.float32, provider="reference"), exact, torch.float32)
+
+
+def test_error_of_an_fp8_linear() -> None:
+    """2.6 % of each operand of normal values, 3.7 % together; an outlier in a token leaves the rest as it was."""
+    x, weight = torch.randn(1, 256, 512), torch.randn(256, 512)
+    for outlier in (0.0, 300.0):
+        x[..., 0] = outlier
+        weight[:, 0] = 0.0
+        exact = F.linear(x, weight)
+        rows = quantize_fp8_rows(x), quantize_fp8_rows(weight)
+        out = fp8_linear(*rows, None, out_dtype=torch.float32, provider="reference")
+        assert 0.03 < float((out - exact).norm() / exact.norm()) < 0.045
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_fp8_product_on_the_gpu() -> None:
+    """Sums of cuBLAS's fast accumulation, and the bits of a sample alone."""
+    device = torch.device("cuda")
+    if torch.cuda.get_device_capability() < (8, 9):
+        with pytest.raises(ValueError, match="e4m3"):
+            fp8_linear(quantize_fp8_rows(torch.randn(1, 16, 64, device=device)), Fp8Rows(*[torch.empty(0)] * 2), None)
+        return
+    assert multiplies_fp8(device)
+    x = quantize_fp8_rows(draw(device, torch.bfloat16, 2, 1000, 1536))
+    weight = quantize_fp8_rows(draw(device, torch.bfloat16, 1536, 1536, seed=1))
+    bias = draw(device, torch.bfloat16, 1536, seed=2)
+    out = fp8_linear(x, weight, bias)
+    exact = fp8_linear(x, weight, bias, provider="reference", out_dtype=torch.float32)
+    assert float((out.float() - exact).norm() / exact.norm()) <= 5e-3
+    for i in range(2):
+        alone = fp8_linear(Fp8Rows(x.values[i : i + 1], x.scale[i : i + 1]), weight, bias)
+        assert torch.equal(out[i : i + 1], alone)
+
+
+def test_arguments_that_do_not_fit() -> None:
+    x, weight = torch.zeros(1, 4, 64), torch.ones(64)
+    with pytest.raises(ValueError, match="gate"):
+        residual_norm(x, None, torch.ones(1, 64), eps=1e-6)
+    with pytest.raises(ValueError, match="together"):
+        residual_norm(x, weight=weight, eps=1e-6)
+    with pytest.raises(ValueError, match="y is"):
+        residual_norm(x, x[:, :3], eps=1e-6)
+    with pytest.raises(ValueError, match="out_dtype"):
+        residual_norm(x, eps=1e-6, out_dtype=torch.float16)
+    with pytest.raises(ValueError, match="last_count"):
+        text_attention(x[0], weight, torch.zeros(2, 1, 64), torch.zeros(2, 1, 64), eps=1e-6, last_count=0)
+    with pytest.raises(ValueError, match="head_dim"):
+        text_attention(x[0], weight, torch.zeros(2, 2, 32), torch.zeros(2, 2, 32), eps=1e-6)
+    with pytest.raises(ValueError, match=r"\[S, H, D\]"):
+        text_attention(x[0], weight, torch.zeros(2, 1, 64), torch.zeros(3, 1, 64), eps=1e-6)
+    with pytest.raises(ValueError, match="K 2 or more"):
+        quantize_fp8_rows(torch.zeros(3, 1))
+    rows = quantize_fp8_rows(x)
+    with pytest.raises(ValueError, match=r"\[B, L, K\]"):
+        fp8_linear(rows, quantize_fp8_rows(torch.zeros(3, 32)), None)
+    with pytest.raises(ValueError, match="bias"):
+        fp8_linear(rows, quantize_fp8_rows(torch.zeros(3, 64)), torch.zeros(4))
