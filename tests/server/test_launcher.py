@@ -118,6 +118,52 @@ def test_the_server_dies_with_its_supervisor(tmp_path: Path, write_model: WriteM
     assert leftovers(server.shm_prefix) == []
 
 
+def test_gives_up_when_it_dies_too_often(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, write_model: WriteModel, leftovers: Leftovers
+) -> None:
+    ready = threading.Semaphore(0)
+    server = TritonServer(write_model(tmp_path, "echo"), ready_timeout=60, restarts=1)
+    server.start(on_ready=ready.release)
+    for _ in range(2):
+        ready.acquire()
+        assert server.poll() is None
+        assert server.pid is not None
+        prefix = server.shm_prefix
+        os.kill(server.pid, signal.SIGKILL)
+    assert server.wait() == 137
+    assert server.poll() == 137
+    assert "ended by itself with status 137; giving up after 1 restarts in 10 minutes" in caplog.text
+    assert leftovers(prefix) == []
+    assert server.stop() is None
+
+
+def test_stop_ends_a_restart_that_is_under_way(tmp_path: Path, write_model: WriteModel, leftovers: Leftovers) -> None:
+    """The model loads once, and never again."""
+    code = """
+        import pathlib, time
+
+        class TritonPythonModel:
+            def initialize(self, args):
+                folder = pathlib.Path(__file__).parent
+                if (folder / "first").exists():
+                    (folder / "again").touch()
+                    time.sleep(600)
+                (folder / "first").touch()
+
+            execute = None
+    """
+    ours = f"turbo-{os.getpid()}-"
+    before = set(leftovers(ours))
+    repository = write_model(tmp_path, "once", code)
+    with TritonServer(repository, ready_timeout=60, restarts=1) as server:
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        while not (repository / "once" / "1" / "again").exists():
+            time.sleep(0.02)
+        server.stop()
+    assert set(leftovers(ours)) <= before
+
+
 def test_early_failure_shows_the_end_of_the_log(tmp_path: Path, write_model: WriteModel, leftovers: Leftovers) -> None:
     code = "class TritonPythonModel:\n    def initialize(self, args):\n        raise ValueError('no such weights')\n"
     server = TritonServer(write_model(tmp_path, "broken", code + "    execute = None\n"), ready_timeout=60)

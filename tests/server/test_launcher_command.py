@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from turbo_backend.server.supervisor import child_states
+
 pytestmark = pytest.mark.server
 
 #: What the fixtures of these names are.
@@ -115,15 +117,55 @@ def test_killing_the_launcher_stops_the_server(tmp_path: Path, write_model: Writ
     assert "All models are stopped" in log.read_text(), "it was asked to stop before it was killed"
 
 
-def test_killing_the_server_ends_the_launcher(tmp_path: Path, write_model: WriteModel, leftovers: Leftovers) -> None:
+def model_process(server_pid: int) -> int:
+    (pid,) = child_states(server_pid)
+    return pid
+
+
+@pytest.mark.parametrize("victim", ["server", "model process"])
+def test_what_dies_is_restarted_on_the_same_ports(
+    tmp_path: Path, write_model: WriteModel, leftovers: Leftovers, victim: str
+) -> None:
+    repository = write_model(tmp_path / "repository", "echo")
+    log = tmp_path / "server.log"
+    with launched("--model-repository", str(repository), *FREE_PORTS, "--log-file", str(log)) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        pid = int(first.rpartition("=")[2])
+        prefix = shm_prefix(pid)
+        killed = pid if victim == "server" else model_process(pid)
+        os.kill(killed, signal.SIGKILL)
+        second = process.stdout.readline()
+        assert READY.fullmatch(second), second
+        assert second.partition(" pid=")[0] == first.partition(" pid=")[0]
+        assert second != first
+        assert leftovers(prefix) == []
+        prefix = shm_prefix(int(second.rpartition("=")[2]))
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate()
+    assert process.returncode == 0
+    assert leftovers(prefix) == []
+    what = (
+        "tritonserver ended by itself with status 137"
+        if victim == "server"
+        else f"the process of model 'echo' (pid {killed}) died of SIGKILL"
+    )
+    assert stderr.splitlines()[0] == f"{what}; restarting tritonserver (1 of at most 5)"
+
+
+@pytest.mark.parametrize("victim", ["server", "model process"])
+def test_no_restart_ends_the_launcher_instead(
+    tmp_path: Path, write_model: WriteModel, leftovers: Leftovers, victim: str
+) -> None:
     repository = write_model(tmp_path, "echo")
-    with launched("serve", "--model-repository", str(repository), *FREE_PORTS) as process:
+    with launched("serve", "--no-restart", "--model-repository", str(repository), *FREE_PORTS) as process:
         pid = read_pid(process)
         prefix = shm_prefix(pid)
-        os.kill(pid, signal.SIGKILL)
-        _, stderr = process.communicate()
+        os.kill(pid if victim == "server" else model_process(pid), signal.SIGKILL)
+        stdout, stderr = process.communicate()
     assert process.returncode == 1
-    assert "tritonserver ended by itself with status 137" in stderr
+    assert stdout == ""
+    assert re.search(r"(status 137|died of SIGKILL); giving up\n", stderr)
     assert leftovers(prefix) == []
 
 

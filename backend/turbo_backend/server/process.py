@@ -29,6 +29,7 @@ from turbo_backend.server.backend_directory import (
     server_environment,
 )
 from turbo_backend.server.binary import TritonInstallation, find_triton
+from turbo_backend.server.drain import wait_until_quiet
 from turbo_backend.server.ports import choose_ports, is_free
 from turbo_backend.server.repository import find_model_repository
 from turbo_backend.server.watchdog import ModelProcesses, Watchdog
@@ -57,6 +58,8 @@ _OWN_OPTIONS = {
     "log-verbose": "--log-verbose of turbodiffusion-server, before `--`",
 }
 _START_ATTEMPTS = 5
+#: How long it takes at most to see that nothing is in flight.
+_IDLE_LOOK_SECONDS = 0.65
 #: What requests in flight may still take when a model process has died: Triton would never end by itself then.
 _RESTART_GRACE_SECONDS = 5.0
 _TAIL_BYTES = 1 << 16
@@ -239,8 +242,11 @@ class TritonServer:
             self._watchdog.stop()
             self._watchdog = None
         seconds = self._exit_timeout + 15.0 if timeout is None else timeout
+        deadline = time.monotonic() + seconds
         ran = self._process is not None and self._process.poll() is None
-        code = self._end(seconds)
+        if ran and seconds > _IDLE_LOOK_SECONDS:
+            self._drain(seconds)
+        code = self._end(max(0.0, deadline - time.monotonic()))
         if ran and code == 137 and seconds > 0:
             logger.warning("tritonserver did not stop within %.1f s and was killed", seconds)
         return code
@@ -258,9 +264,7 @@ class TritonServer:
         code = self._process.poll()
         if code is not None:
             return f"tritonserver ended by itself with status {code}"
-        if self._models is None:
-            assert self.pid is not None
-            self._models = ModelProcesses(self.pid)
+        assert self._models is not None
         return self._models.find_dead()
 
     def _give_up(self) -> None:
@@ -275,6 +279,8 @@ class TritonServer:
             try:
                 self._launch(installation)
                 if self._wait_ready(deadline):
+                    assert self.pid is not None
+                    self._models = ModelProcesses(self.pid)
                     return
             except BaseException:
                 self._end(0)
@@ -287,6 +293,28 @@ class TritonServer:
                 logger.warning("port %s was taken by another process; starting anew", ", ".join(map(str, lost)))
                 continue
             raise Misconfigured(f"tritonserver ended with status {code} before it was ready{tail}")
+
+    def _drain(self, seconds: float) -> None:
+        """Begins the stop and returns when what is in flight has ended; see `turbo_backend.server.drain`."""
+        process, pid = self._process, self.pid
+        assert process is not None
+        assert pid is not None
+
+        def has_ended() -> bool:
+            return process.poll() is not None
+
+        if wait_until_quiet(pid, _IDLE_LOOK_SECONDS, has_ended):
+            return
+        held = http.client.HTTPConnection(_reachable(self.host), self._ports[0], timeout=5.0)
+        try:
+            held.request("GET", "/v2/health/live")
+            held.getresponse().read()
+            self.request_stop(seconds)
+            wait_until_quiet(pid, seconds, has_ended)
+        except (OSError, http.client.HTTPException) as error:
+            logger.warning("requests in flight may be lost, because tritonserver does not answer: %s", error)
+        finally:
+            held.close()
 
     def _end(self, seconds: float) -> int | None:
         """Stops the process, if there is one, and removes what it leaves; returns its exit status."""

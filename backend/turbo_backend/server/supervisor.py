@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import select
 import shutil
@@ -134,7 +135,7 @@ def _supervise(server: int, control: socket.socket, wakeup: int, grace: float) -
         if seconds is not None:
             if deadline is None:
                 os.kill(server, signal.SIGTERM)
-            deadline = time.monotonic() + seconds
+            deadline = min(deadline or math.inf, time.monotonic() + seconds)
 
 
 def _reap(server: int) -> int | None:

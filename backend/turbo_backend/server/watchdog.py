@@ -33,13 +33,14 @@ class ModelProcesses:
     """The processes that run the Python models of one tritonserver.
 
     Args:
-        server_pid: the tritonserver.
+        server_pid: the tritonserver, ready, so that the model of each process is known before it can die.
     """
 
     def __init__(self, server_pid: int) -> None:
         self._server_pid = server_pid
         self._names: dict[int, str] = {}
         self._suspects: set[int] = set()
+        self.find_dead()
 
     def find_dead(self) -> str | None:
         """What died, in words, or None; to be called again and again.
