@@ -2,41 +2,31 @@
 
 from turbo_kernels.attention import attention_geometry, dense_attention, sla_attention
 from turbo_kernels.block_map import BlockMap, block_map
-from turbo_kernels.conv3d import PairWeights, causal_conv3d_pair, pair_weights
 from turbo_kernels.gate_residual import gate_residual
 from turbo_kernels.int8_linear import int8_linear, quantize_int8_blockwise
 from turbo_kernels.layer_norm import layer_norm_modulate
 from turbo_kernels.linear_attention import linear_attention
-from turbo_kernels.norm_silu import norm_silu
 from turbo_kernels.providers import default_provider
 from turbo_kernels.rms_norm_rope import rms_norm_rope
 from turbo_kernels.sage_attention import sage_attention
 from turbo_kernels.self_check import SelfCheck, self_check
 from turbo_kernels.sparse_attention import sparse_attention
-from turbo_kernels.upsample_conv import UpsampleWeights, upsample_conv, upsample_weights
 
 __all__ = [
     "BlockMap",
-    "PairWeights",
     "SelfCheck",
-    "UpsampleWeights",
     "attention_geometry",
     "block_map",
-    "causal_conv3d_pair",
     "default_provider",
     "dense_attention",
     "gate_residual",
     "int8_linear",
     "layer_norm_modulate",
     "linear_attention",
-    "norm_silu",
-    "pair_weights",
     "quantize_int8_blockwise",
     "rms_norm_rope",
     "sage_attention",
     "self_check",
     "sla_attention",
     "sparse_attention",
-    "upsample_conv",
-    "upsample_weights",
 ]

@@ -1,21 +1,14 @@
-"""Causal 3x3x3 convolution of two frames at once, with what stands around it in the video VAE.
+"""Causal 3x3x3 convolution of a few frames, with what stands around it in the video VAE.
 
-    out[t] = bias + sum_k conv2d(frames[t + k], weight[:, :, k]) [+ residual[t]]          t = 0, 1; k = 0, 1, 2
+    out[t] = bias + sum_k conv2d(frames[t + k], weight[:, :, k]) [+ residual[t]]          k = 0, 1, 2
     y[t]   = silu(out[t] / max(|out[t]|_C, 1e-12) * sqrt(C) * gamma)
 
-Minimal filtering F(2, 3) along time computes both frames from four 2-D convolutions where the sum above takes six:
+An implicit matrix product over 9 places in space, slices of channels and 3 places in time: a program owns a tile of
+pixels of all output frames, and with it the accumulators of each. Traffic between L2 cache and the multiprocessors is
+what limits it, so each tile of a frame and each slice of the weights is fetched once for all frames that it meets. Sums
+are taken in fp32, where bias, residual and norm are applied too. Reads outside a frame give zeros by tensor descriptor.
 
-    m0 = (d0 - d2) * g0                  out[0] = m0 + m1 + m2
-    m1 = (d1 + d2) * (g0 + g1 + g2)/2    out[1] = m1 - m2 - m3
-    m2 = (d2 - d1) * (g0 - g1 + g2)/2
-    m3 = (d1 - d3) * g2
-
-Sums and differences of frames are rounded once to the dtype of the frames on their way to the tensor cores; products
-are accumulated in fp32, where bias, residual and norm are applied too. Each program owns a tile of pixels of both
-frames, so that results do not depend on what else is computed.
-
-Sources: Winograd, "Arithmetic complexity of computations"; Lavin and Gray, "Fast algorithms for convolutional neural
-networks"; Wan2.1 VAE for the layers.
+Source: Wan2.1 VAE for the layers.
 """
 
 from __future__ import annotations
@@ -33,36 +26,32 @@ from turbo_kernels.checks import check_float
 from turbo_kernels.norm_silu import norm_silu, norm_silu_reference, silu_of_norm
 from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
-#: Output frames of one call.
-PAIR = 2
+#: Frames before the first that a convolution sees.
+PAST = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PairWeights:
-    """Weights of a 3x3x3 convolution made ready for `causal_conv3d_pair`.
+class ConvWeights:
+    """Weights of a 3x3x3 convolution made ready for `causal_conv3d`.
 
     Attributes:
-        filters: [4 * 9 * C_in, N], row (j * 9 + 3 * ky + kx) * C_in + c holds filter j of the module's formula;
-            N is C_out rounded up to a multiple of 16, zeros behind.
+        filters: [27 * C_in, N], row (9 * kt + 3 * ky + kx) * C_in + c; N is C_out rounded up to a multiple of 16,
+            zeros behind.
         bias: fp32 [N].
-        weight: [C_out, C_in, 3, 3, 3] as given, for the reference.
+        out_channels: C_out.
     """
 
     filters: torch.Tensor
     bias: torch.Tensor
-    weight: torch.Tensor
+    out_channels: int
 
     @property
     def in_channels(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def out_channels(self) -> int:
-        return self.weight.shape[0]
+        return self.filters.shape[0] // 27
 
 
-def pair_weights(weight: torch.Tensor, bias: torch.Tensor) -> PairWeights:
-    """Transform [C_out, C_in, 3, 3, 3] and [C_out] once, in fp32, rounded to weight's dtype.
+def conv_weights(weight: torch.Tensor, bias: torch.Tensor) -> ConvWeights:
+    """Lay out [C_out, C_in, 3, 3, 3] and [C_out] once.
 
     Raises:
         ValueError: another shape or dtype, or C_in not a multiple of 16.
@@ -72,71 +61,107 @@ def pair_weights(weight: torch.Tensor, bias: torch.Tensor) -> PairWeights:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: must be [C_out, 16 n, 3, 3, 3]")
     if bias.shape != weight.shape[:1] or bias.device != weight.device:
         raise ValueError(f"bias is {tuple(bias.shape)} on {bias.device}: must be {weight.shape[:1]} on {weight.device}")
-    g0, g1, g2 = weight.detach().float().unbind(2)
-    filters = torch.stack([g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2])  # [4, C_out, C_in, 3, 3]
-    rows = filters.permute(0, 3, 4, 2, 1).reshape(-1, weight.shape[0])
+    rows = weight.detach().permute(2, 3, 4, 1, 0).reshape(-1, weight.shape[0])
     padding = -weight.shape[0] % 16
-    return PairWeights(
-        F.pad(rows, (0, padding)).to(weight.dtype).contiguous(),
-        F.pad(bias.detach().float(), (0, padding)).contiguous(),
-        weight.detach(),
+    return ConvWeights(
+        F.pad(rows, (0, padding)).contiguous(), F.pad(bias.detach().float(), (0, padding)).contiguous(), len(weight)
     )
 
 
-def causal_conv3d_pair(
-    past_2HWC: torch.Tensor,
-    present_2HWC: torch.Tensor,
-    weights: PairWeights,
+def causal_conv3d(
+    frames_RHWC: torch.Tensor,
+    weights: ConvWeights,
     *,
-    residual_2HWC: torch.Tensor | None = None,
+    first: int,
+    num_frames: int,
+    residual_THWC: torch.Tensor | None = None,
     gamma_C: torch.Tensor | None = None,
     keep_output: bool = True,
+    norm_out_RHWC: torch.Tensor | None = None,
+    norm_first: int = 0,
     provider: str | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Two frames of the convolution from the two before them and themselves.
+) -> torch.Tensor | None:
+    """Frames of the convolution from rings of frames: frame i of a ring of R lies at place i mod R, so none is moved.
 
     Args:
-        past_2HWC, present_2HWC: frames t - 2, t - 1 and t, t + 1: [2, H, W, C_in], channels contiguous.
-        weights: of `pair_weights`, in the dtype of the frames.
-        residual_2HWC: [2, H, W, C_out], added before rounding.
+        frames_RHWC: [R, H, W, C_in], channels contiguous.
+        weights: of `conv_weights`, in the dtype of the frames.
+        first: frames `first` .. `first + num_frames + 1` are seen: two of the past, then `num_frames` new ones.
+        num_frames: T, at most R - 2.
+        residual_THWC: [T, H, W, C_out], added before rounding.
         gamma_C: [C_out]; asks for silu(norm(out)).
         keep_output: whether `out` itself is wanted.
+        norm_out_RHWC: [R', H, W, C_out], contiguous; silu(norm(out)) is written from frame `norm_first` on.
 
     Returns:
-        out and silu(norm(out)), each [2, H, W, C_out] in the dtype of the frames, None where not asked for.
+        out [T, H, W, C_out] in the dtype of the frames, None if not wanted.
 
     Raises:
         ValueError: shapes, dtypes, devices or provider that do not fit, or nothing asked for.
     """
-    shape = present_2HWC.shape
-    check_float("present", present_2HWC)
-    if len(shape) != 4 or shape[0] != PAIR or 0 in shape or shape[3] != weights.in_channels:
-        raise ValueError(f"present has shape {tuple(shape)}: must be [2, H, W, {weights.in_channels}], not empty")
-    out_shape = (*shape[:3], weights.out_channels)
-    for name, x, fits in (
-        ("past", past_2HWC, tuple(shape)),
-        ("residual", residual_2HWC, out_shape),
-        ("filters", weights.filters, tuple(weights.filters.shape)),
-        ("gamma", gamma_C, out_shape[3:]),
-    ):
-        if x is None:
-            continue
-        if tuple(x.shape) != fits or x.device != present_2HWC.device:
-            raise ValueError(f"{name} is {tuple(x.shape)} on {x.device}: must be {fits} on {present_2HWC.device}")
-        if name != "gamma" and x.dtype != present_2HWC.dtype:
-            raise ValueError(f"{name} is {x.dtype}: must be {present_2HWC.dtype} as the frames")
-    if not keep_output and gamma_C is None:
-        raise ValueError("neither the output nor its norm is asked for")
-    provider = resolve_provider(provider, present_2HWC.device, op="causal_conv3d_pair")
+    shape = frames_RHWC.shape
+    check_float("frames", frames_RHWC)
+    if len(shape) != 4 or 0 in shape or shape[3] != weights.in_channels:
+        raise ValueError(f"frames have shape {tuple(shape)}: must be [R, H, W, {weights.in_channels}], not empty")
+    if first < 0 or norm_first < 0 or not 1 <= num_frames <= shape[0] - PAST:
+        raise ValueError(f"frames {first} and {num_frames} after two do not fit a ring of {shape[0]}")
+    check_like_frames("filters", weights.filters, tuple(weights.filters.shape), frames_RHWC)
+    out_shape = (num_frames, *shape[1:3], weights.out_channels)
+    if residual_THWC is not None:
+        check_like_frames("residual", residual_THWC, out_shape, frames_RHWC)
+    if (gamma_C is None) != (norm_out_RHWC is None) or (gamma_C is None and not keep_output):
+        raise ValueError("gamma and norm_out must be given together, or the output kept")
+    if gamma_C is not None and norm_out_RHWC is not None:
+        check_norm_out(gamma_C, norm_out_RHWC, out_shape, frames_RHWC)
+    provider = resolve_provider(provider, frames_RHWC.device, op="causal_conv3d")
     if provider == "triton":
-        return _pair_triton(past_2HWC, present_2HWC, weights, residual_2HWC, gamma_C, keep_output)
-    window_1CTHW = torch.cat([past_2HWC, present_2HWC]).float().permute(3, 0, 1, 2)[None]
+        return _conv_triton(
+            frames_RHWC, weights, first, num_frames, residual_THWC, gamma_C, keep_output, norm_out_RHWC, norm_first
+        )
+    places = [(first + i) % shape[0] for i in range(num_frames + PAST)]
+    window_1CTHW = frames_RHWC[places].float().permute(3, 0, 1, 2)[None]
+    weight = weights.filters[:, : weights.out_channels].float().view(3, 3, 3, shape[3], -1).permute(4, 3, 0, 1, 2)
     bias = weights.bias[: weights.out_channels]
-    out = F.conv3d(window_1CTHW, weights.weight.float(), bias, padding=(0, 1, 1))[0].permute(1, 2, 3, 0)
-    if residual_2HWC is not None:
-        out = out + residual_2HWC.float()
-    y = None if gamma_C is None else norm_silu_reference(out, gamma_C).to(present_2HWC.dtype)
-    return out.to(present_2HWC.dtype).contiguous() if keep_output else None, y
+    out = F.conv3d(window_1CTHW, weight, bias, padding=(0, 1, 1))[0].permute(1, 2, 3, 0)
+    if residual_THWC is not None:
+        out = out + residual_THWC.float()
+    if gamma_C is not None and norm_out_RHWC is not None:
+        write_frames(norm_silu_reference(out, gamma_C), norm_out_RHWC, norm_first)
+    return out.to(frames_RHWC.dtype).contiguous() if keep_output else None
+
+
+def check_like_frames(name: str, x: torch.Tensor, shape: tuple[int, ...], frames: torch.Tensor) -> None:
+    """Raise ValueError unless x has this shape, and dtype and device of `frames`."""
+    if tuple(x.shape) != shape or x.dtype != frames.dtype or x.device != frames.device:
+        raise ValueError(
+            f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}: must be {frames.dtype} {shape} on {frames.device}"
+        )
+
+
+def check_norm_out(
+    gamma_C: torch.Tensor, norm_out_RHWC: torch.Tensor, out_shape: tuple[int, ...], frames: torch.Tensor
+) -> None:
+    """Raise ValueError unless silu(norm) of an output of `out_shape` can be written to this ring."""
+    if gamma_C.shape != out_shape[3:] or gamma_C.device != frames.device:
+        raise ValueError(f"gamma is {tuple(gamma_C.shape)} on {gamma_C.device}: must be {out_shape[3:]}")
+    check_like_frames("norm_out", norm_out_RHWC, (len(norm_out_RHWC), *out_shape[1:]), frames)
+    if len(norm_out_RHWC) < out_shape[0] or not norm_out_RHWC.is_contiguous():
+        raise ValueError(f"norm_out must be contiguous and hold {out_shape[0]} frames")
+
+
+def write_frames(frames_THWC: torch.Tensor, ring_RHWC: torch.Tensor, first: int) -> None:
+    """Copy frames to places `first`, `first` + 1 ... of a ring."""
+    for t, frame in enumerate(frames_THWC):
+        ring_RHWC[(first + t) % len(ring_RHWC)] = frame
+
+
+def norm_silu_into(x_THWC: torch.Tensor, gamma_C: torch.Tensor, ring_RHWC: torch.Tensor, first: int) -> None:
+    """silu(norm(x)) to places `first` .. of a ring by the kernel, in one or two runs of frames."""
+    begin = first % len(ring_RHWC)
+    head = min(len(x_THWC), len(ring_RHWC) - begin)
+    norm_silu(x_THWC[:head], gamma_C, out=ring_RHWC[begin : begin + head], provider="triton")
+    if head < len(x_THWC):
+        norm_silu(x_THWC[head:], gamma_C, out=ring_RHWC[: len(x_THWC) - head], provider="triton")
 
 
 @triton.jit
@@ -147,10 +172,10 @@ def load_tile(frames, i_frame, i_y, i_x, i_c, M: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def finish_tile(
-    acc_1, acc_2, residual, gamma, bias, out, y, o_m, inside, i_n, N,
+    acc_1, acc_2, residual, gamma, bias, out, y, o_m, o_norm, inside, i_n, N,
     N1: tl.constexpr, N2: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Bias, residual, norm and SiLU of a tile in fp32, and its stores; o_m are the rows of its pixels, int64."""
+    """Bias, residual, norm and SiLU of a tile in fp32, and its stores; int64 rows of its pixels in out and y."""
     o_1 = i_n + tl.arange(0, N1)
     at_1 = o_m[:, None] * N + o_1[None, :]
     mask_1 = inside[:, None] & (o_1 < N)[None, :]
@@ -169,33 +194,38 @@ def finish_tile(
         if N2 > 0:
             tl.store(out + at_2, acc_2.to(out.dtype.element_ty), mask=mask_2)
     if NORM:
+        norm_at_1 = o_norm[:, None] * N + o_1[None, :]
         squares = tl.sum(acc_1 * acc_1, 1)
         if N2 > 0:
             squares += tl.sum(acc_2 * acc_2, 1)
         gamma_1 = tl.load(gamma + o_1, mask=o_1 < N, other=0.0)
-        tl.store(y + at_1, silu_of_norm(acc_1, squares, gamma_1, N).to(y.dtype.element_ty), mask=mask_1)
+        tl.store(y + norm_at_1, silu_of_norm(acc_1, squares, gamma_1, N).to(y.dtype.element_ty), mask=mask_1)
         if N2 > 0:
             gamma_2 = tl.load(gamma + o_2, mask=o_2 < N, other=0.0)
-            tl.store(y + at_2, silu_of_norm(acc_2, squares, gamma_2, N).to(y.dtype.element_ty), mask=mask_2)
+            norm_at_2 = o_norm[:, None] * N + o_2[None, :]
+            tl.store(y + norm_at_2, silu_of_norm(acc_2, squares, gamma_2, N).to(y.dtype.element_ty), mask=mask_2)
 
 
-@triton.jit(do_not_specialize=["num_x", "num_y"])
-def causal_conv3d_pair_kernel(
-    past,  # descriptor [2, H, W, C]
-    present,  # descriptor [2, H, W, C]
-    filters_1,  # descriptor [36 C, N rounded up] in blocks of [K, N1]
+@triton.jit(do_not_specialize=["first", "norm_first", "num_x"])
+def causal_conv3d_kernel(
+    frames,  # descriptor [R, H, W, C] in blocks of K channels
+    filters_1,  # descriptor [27 C, N rounded up] in blocks of [K, N1]
     filters_2,  # the same in blocks of [K, N2]
     bias,  # fp32 [N rounded up]
-    residual,  # [2, H, W, N], RESIDUAL only
+    residual,  # [T, H, W, N], RESIDUAL only
     gamma,  # fp32 [N], NORM only
-    out,  # [2, H, W, N], KEEP only
-    y,  # [2, H, W, N], NORM only
+    out,  # [T, H, W, N], KEEP only
+    y,  # [norm_R, H, W, N], NORM only
     H,
     W,
     N,
+    first,
+    R,
+    norm_first,
+    norm_R,
     num_x,
-    num_y,
     C: tl.constexpr,
+    FRAMES: tl.constexpr,
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
     K: tl.constexpr,
@@ -213,62 +243,51 @@ def causal_conv3d_pair_kernel(
     i_tile = tl.program_id(0) // NUM_N
     i_x = (i_tile % num_x) * TILE_W
     i_y = (i_tile // num_x) * TILE_H
-    sum_1 = tl.zeros([M, N1], dtype=tl.float32)
-    dif_1 = tl.zeros([M, N1], dtype=tl.float32)
+    i_t = tl.program_id(1) * FRAMES
+    accs_1 = (tl.zeros([M, N1], dtype=tl.float32),) * FRAMES
+    accs_2 = accs_1
     if N2 > 0:
-        sum_2 = tl.zeros([M, N2], dtype=tl.float32)
-        dif_2 = tl.zeros([M, N2], dtype=tl.float32)
-    for i in range(9 * SLICES):
-        i_c = (i % SLICES) * K
-        k_y = i // SLICES // 3 - 1 + i_y
-        k_x = i // SLICES % 3 - 1 + i_x
-        row = i // SLICES * C + i_c
-        d1 = load_tile(past, 1, k_y, k_x, i_c, M, K)
-        d2 = load_tile(present, 0, k_y, k_x, i_c, M, K)
-        plus = d1 + d2
-        minus = d2 - d1
-        sum_1 = tl.dot(plus, filters_1.load([9 * C + row, i_n]), sum_1, input_precision="ieee")
+        accs_2 = (tl.zeros([M, N2], dtype=tl.float32),) * FRAMES
+    # One product an accumulator in each turn: the compiler leaves those in flight.
+    for i in range(27 * SLICES):
+        k_t = i % 3
+        i_c = i // 3 % SLICES * K
+        tap = i // (3 * SLICES)
+        row = (9 * k_t + tap) * C + i_c
+        b_f1 = filters_1.load([row, i_n])
         if N2 > 0:
-            sum_2 = tl.dot(plus, filters_2.load([9 * C + row, i_n + N1]), sum_2, input_precision="ieee")
-        dif_1 = tl.dot(minus, filters_1.load([18 * C + row, i_n]), dif_1, input_precision="ieee")
-        if N2 > 0:
-            dif_2 = tl.dot(minus, filters_2.load([18 * C + row, i_n + N1]), dif_2, input_precision="ieee")
-    # m1 + m2 begins the first frame, m1 - m2 the second.
-    first_1 = sum_1 + dif_1
-    second_1 = sum_1 - dif_1
-    first_2 = first_1
-    second_2 = second_1
-    if N2 > 0:
-        first_2 = sum_2 + dif_2
-        second_2 = sum_2 - dif_2
-    for i in range(9 * SLICES):
-        i_c = (i % SLICES) * K
-        k_y = i // SLICES // 3 - 1 + i_y
-        k_x = i // SLICES % 3 - 1 + i_x
-        row = i // SLICES * C + i_c
-        early = load_tile(past, 0, k_y, k_x, i_c, M, K) - load_tile(present, 0, k_y, k_x, i_c, M, K)
-        late = load_tile(present, 1, k_y, k_x, i_c, M, K) - load_tile(past, 1, k_y, k_x, i_c, M, K)
-        first_1 = tl.dot(early, filters_1.load([row, i_n]), first_1, input_precision="ieee")
-        if N2 > 0:
-            first_2 = tl.dot(early, filters_2.load([row, i_n + N1]), first_2, input_precision="ieee")
-        second_1 = tl.dot(late, filters_1.load([27 * C + row, i_n]), second_1, input_precision="ieee")
-        if N2 > 0:
-            second_2 = tl.dot(late, filters_2.load([27 * C + row, i_n + N1]), second_2, input_precision="ieee")
+            b_f2 = filters_2.load([row, i_n + N1])
+        for t in tl.static_range(FRAMES):
+            b_x = load_tile(frames, (first + i_t + t + k_t) % R, tap // 3 - 1 + i_y, tap % 3 - 1 + i_x, i_c, M, K)
+            b_acc = tl.dot(b_x, b_f1, accs_1[t], input_precision="ieee")
+            accs_1 = accs_1[:t] + (b_acc,) + accs_1[t + 1 :]  # noqa: RUF005
+            if N2 > 0:
+                b_acc = tl.dot(b_x, b_f2, accs_2[t], input_precision="ieee")
+                accs_2 = accs_2[:t] + (b_acc,) + accs_2[t + 1 :]  # noqa: RUF005
     o_y = i_y + tl.arange(0, M) // TILE_W
     o_x = i_x + tl.arange(0, M) % TILE_W
     inside = (o_y < H) & (o_x < W)
-    o_m = o_y.to(tl.int64) * W + o_x
-    finish_tile(first_1, first_2, residual, gamma, bias, out, y, o_m, inside, i_n, N, N1, N2, RESIDUAL, NORM, KEEP)
-    finish_tile(
-        second_1, second_2, residual, gamma, bias, out, y, o_m + H.to(tl.int64) * W, inside, i_n, N,
-        N1, N2, RESIDUAL, NORM, KEEP,
-    )  # fmt: skip
+    for t in tl.static_range(FRAMES):
+        o_m = (o_y + (i_t + t) * H).to(tl.int64) * W + o_x
+        o_norm = (o_y + (norm_first + i_t + t) % norm_R * H).to(tl.int64) * W + o_x
+        finish_tile(
+            accs_1[t], accs_2[t], residual, gamma, bias, out, y, o_m, o_norm, inside, i_n, N, N1, N2,
+            RESIDUAL, NORM, KEEP,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a convolution is cut: pixels and channels of a program, and how it is compiled."""
+    """How a convolution is cut and compiled.
 
+    Attributes:
+        frames: output frames of a program.
+        pixels: of a program in each of them.
+        slice: channels of C_in a turn.
+        columns: output channels of a program, the sum of two powers of two, the second 0 for none.
+    """
+
+    frames: int
     pixels: int
     slice: int
     columns: tuple[int, int]
@@ -287,13 +306,6 @@ def slice_of(channels: int, largest: int) -> int:
     return min(channels & -channels, largest)
 
 
-def split_columns(channels: int) -> tuple[int, int]:
-    """Output channels of one program as two powers of two, the second 0 for none; together they divide `channels`."""
-    if channels % 96 == 0 and channels % 128:
-        return 64, 32
-    return slice_of(channels, 128), 0
-
-
 def has_large_shared_memory(x: torch.Tensor) -> bool:
     """Whether a program of x's device may take more than 160 KiB of shared memory (compute 8.0, 9.0, 10.0)."""
     if x.device.type != "cuda":
@@ -301,9 +313,19 @@ def has_large_shared_memory(x: torch.Tensor) -> bool:
     return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin > 160_000
 
 
-def pair_tiling(in_channels: int, columns: int, large: bool) -> Tiling:
-    n1, n2 = split_columns(columns)
-    return Tiling(128, slice_of(in_channels, 32), (n1, n2), 8, 4 if large else 2)
+def conv_tiling(in_channels: int, columns: int, num_frames: int, large: bool) -> Tiling:
+    """Measured on an H100 at 96, 192 and 384 channels.
+
+    Bytes from the L2 cache decide, so a program takes as many frames and columns as its registers hold; two programs of
+    96 columns share a multiprocessor, which hides the end of one behind the middle of the other.
+    """
+    pair = 2 - num_frames % 2
+    most = 4 if num_frames % 4 == 0 else pair
+    if columns % 192 == 0 and large:
+        return Tiling(pair, 128, slice_of(in_channels, 64), (128, 64), 8, 3)
+    if columns % 96 == 0:
+        return Tiling(most if large else pair, 64, slice_of(in_channels, 32), (64, 32), 4, 4 if large else 2)
+    return Tiling(most, 128, slice_of(in_channels, 32), (slice_of(columns, 32), 0), 8, 4 if large else 2)
 
 
 def frame_descriptor(frames_THWC: torch.Tensor, block: tuple[int, int, int]) -> TensorDescriptor:
@@ -322,41 +344,45 @@ def _new(frames: torch.Tensor, channels: int) -> torch.Tensor:
     return torch.empty(*frames.shape[:3], channels, dtype=frames.dtype, device=frames.device)
 
 
-def _pair_triton(
-    past: torch.Tensor,
-    present: torch.Tensor,
-    weights: PairWeights,
+def _conv_triton(
+    frames: torch.Tensor,
+    weights: ConvWeights,
+    first: int,
+    num_frames: int,
     residual: torch.Tensor | None,
     gamma: torch.Tensor | None,
     keep_output: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    _, H, W, C = present.shape
+    norm_out: torch.Tensor | None,
+    norm_first: int,
+) -> torch.Tensor | None:
+    R, H, W, C = frames.shape
     N = weights.out_channels
     columns = weights.filters.shape[1]
-    tiling = pair_tiling(C, columns, has_large_shared_memory(present))
-    n1, n2 = tiling.columns
+    tiling = conv_tiling(C, columns, num_frames, has_large_shared_memory(frames))
+    k, (n1, n2) = tiling.slice, tiling.columns
     num_n = columns // (n1 + n2)
-    fused = gamma is not None and num_n == 1
-    out = _new(present, N) if keep_output or not fused else None
-    y = _new(present, N) if fused else None
+    # A program that holds all channels of its pixels takes the norm too, as long as that leaves it enough registers.
+    fused = gamma is not None and num_n == 1 and n1 + n2 < 192
+    keeps = keep_output or not fused
+    out = torch.empty(num_frames, H, W, N, dtype=frames.dtype, device=frames.device) if keeps else None
     tile_h, tile_w = tile_shape(H, W, tiling.pixels)
     num_y, num_x = triton.cdiv(H, tile_h), triton.cdiv(W, tile_w)
-    block = (tile_h, tile_w, tiling.slice)
-    filters_1 = TensorDescriptor.from_tensor(weights.filters, [tiling.slice, n1])
-    filters_2 = TensorDescriptor.from_tensor(weights.filters, [tiling.slice, n2 or n1])
-    with device_of(present):
-        causal_conv3d_pair_kernel[(num_n * num_x * num_y,)](
-            frame_descriptor(readable(past), block), frame_descriptor(readable(present), block), filters_1, filters_2,
+    frames = readable(frames)
+    unused = weights.bias
+    with device_of(frames):
+        causal_conv3d_kernel[(num_n * num_x * num_y, num_frames // tiling.frames)](
+            frame_descriptor(frames, (tile_h, tile_w, k)),
+            *(TensorDescriptor.from_tensor(weights.filters, [k, n]) for n in (n1, n2 or n1)),
             weights.bias,
-            weights.bias if residual is None else residual.contiguous(),
-            gamma.float().contiguous() if fused and gamma is not None else weights.bias,
-            weights.bias if out is None else out,
-            weights.bias if y is None else y,
-            H, W, N, num_x, num_y,
-            C=C, TILE_H=tile_h, TILE_W=tile_w, K=tiling.slice, N1=n1, N2=n2, NUM_N=num_n,
-            RESIDUAL=residual is not None, NORM=fused, KEEP=out is not None,
+            unused if residual is None else residual.contiguous(),
+            gamma.float().contiguous() if fused and gamma is not None else unused,
+            unused if out is None else out,
+            norm_out if fused else unused,
+            H, W, N, first % R, R, norm_first, 1 if norm_out is None else len(norm_out), num_x,
+            C=C, FRAMES=tiling.frames, TILE_H=tile_h, TILE_W=tile_w, K=k, N1=n1, N2=n2, NUM_N=num_n,
+            RESIDUAL=residual is not None, NORM=fused, KEEP=keeps,
             num_warps=tiling.num_warps, num_stages=tiling.num_stages, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
-    if gamma is not None and out is not None and y is None:
-        y = norm_silu(out, gamma, out=None if keep_output else out, provider="triton")
-    return out if keep_output else None, y
+    if gamma is not None and norm_out is not None and out is not None and not fused:
+        norm_silu_into(out, gamma, norm_out, norm_first)
+    return out if keep_output else None

@@ -23,15 +23,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from turbo_kernels.checks import check_float
 from turbo_kernels.conv3d import (
     Tiling,
+    check_like_frames,
+    check_norm_out,
     finish_tile,
     frame_descriptor,
     has_large_shared_memory,
     load_tile,
+    norm_silu_into,
     readable,
     slice_of,
     tile_shape,
+    write_frames,
 )
-from turbo_kernels.norm_silu import norm_silu, norm_silu_reference
+from turbo_kernels.norm_silu import norm_silu_reference
 from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
 
@@ -74,17 +78,21 @@ def upsample_conv(
     weights: UpsampleWeights,
     *,
     gamma_C: torch.Tensor | None = None,
+    norm_out_RHWC: torch.Tensor | None = None,
+    norm_first: int = 0,
     provider: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Frames doubled in height and width, convolved, and silu(norm) of that where `gamma_C` is given.
+) -> torch.Tensor:
+    """Frames doubled in height and width and convolved.
 
     Args:
         x_THWC: [T, H, W, C_in], channels contiguous.
         weights: of `upsample_weights`, in the dtype of the frames.
-        gamma_C: [C_out].
+        gamma_C: [C_out]; asks for silu(norm(out)).
+        norm_out_RHWC: [R, 2H, 2W, C_out], contiguous; a ring where silu(norm(out)) is written from frame
+            `norm_first` on.
 
     Returns:
-        [T, 2H, 2W, C_out] twice in x's dtype, None where not asked for.
+        out [T, 2H, 2W, C_out] in x's dtype.
 
     Raises:
         ValueError: shapes, dtypes, devices or provider that do not fit.
@@ -93,22 +101,23 @@ def upsample_conv(
     channels = weights.weight.shape[1]
     if x_THWC.ndim != 4 or 0 in x_THWC.shape or x_THWC.shape[3] != channels:
         raise ValueError(f"x has shape {tuple(x_THWC.shape)}: must be [T, H, W, {channels}], not empty")
-    if weights.filters.dtype != x_THWC.dtype or weights.filters.device != x_THWC.device:
-        raise ValueError(
-            f"filters are {weights.filters.dtype} on {weights.filters.device}: must be {x_THWC.dtype} on {x_THWC.device}"
-        )
-    if gamma_C is not None and (gamma_C.shape != weights.bias.shape or gamma_C.device != x_THWC.device):
-        raise ValueError(f"gamma is {tuple(gamma_C.shape)} on {gamma_C.device}: must be {tuple(weights.bias.shape)}")
+    check_like_frames("filters", weights.filters, tuple(weights.filters.shape), x_THWC)
+    if (gamma_C is None) != (norm_out_RHWC is None):
+        raise ValueError("gamma and norm_out must be given together")
+    if gamma_C is not None and norm_out_RHWC is not None:
+        num_frames, height, width, _ = x_THWC.shape
+        check_norm_out(gamma_C, norm_out_RHWC, (num_frames, 2 * height, 2 * width, len(weights.bias)), x_THWC)
     provider = resolve_provider(provider, x_THWC.device, op="upsample_conv")
     if provider == "triton":
-        return _upsample_triton(x_THWC, weights, gamma_C)
+        return _upsample_triton(x_THWC, weights, gamma_C, norm_out_RHWC, norm_first)
     doubled_TCHW = F.interpolate(x_THWC.float().permute(0, 3, 1, 2), scale_factor=2, mode="nearest-exact")
     out = F.conv2d(doubled_TCHW, weights.weight.float(), weights.bias, padding=1).permute(0, 2, 3, 1).contiguous()
-    y = None if gamma_C is None else norm_silu_reference(out, gamma_C).to(x_THWC.dtype)
-    return out.to(x_THWC.dtype), y
+    if gamma_C is not None and norm_out_RHWC is not None:
+        write_frames(norm_silu_reference(out, gamma_C), norm_out_RHWC, norm_first)
+    return out.to(x_THWC.dtype)
 
 
-@triton.jit(do_not_specialize=["num_x", "num_y"])
+@triton.jit(do_not_specialize=["norm_first", "num_x"])
 def upsample_conv_kernel(
     x,  # descriptor [T, H, W, C]
     filters_1,  # descriptor [16 C, N] in blocks of [K, N1]
@@ -116,12 +125,13 @@ def upsample_conv_kernel(
     bias,  # fp32 [N]
     gamma,  # fp32 [N], NORM only
     out,  # [T, 2H, 2W, N]
-    y,  # [T, 2H, 2W, N], NORM only
+    y,  # [norm_R, 2H, 2W, N], NORM only
     H,
     W,
     N,
+    norm_first,
+    norm_R,
     num_x,
-    num_y,
     C: tl.constexpr,
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
@@ -140,10 +150,7 @@ def upsample_conv_kernel(
     i_y = (i_tile // num_x) * TILE_H
     i_t = tl.program_id(1)
     acc_1 = tl.zeros([M, N1], dtype=tl.float32)
-    if N2 > 0:
-        acc_2 = tl.zeros([M, N2], dtype=tl.float32)
-    else:
-        acc_2 = acc_1
+    acc_2 = tl.zeros([M, N2], dtype=tl.float32) if N2 > 0 else acc_1
     for i in range(4 * SLICES):
         i_c = (i % SLICES) * K
         tap = i // SLICES
@@ -155,41 +162,49 @@ def upsample_conv_kernel(
     o_y = i_y + tl.arange(0, M) // TILE_W
     o_x = i_x + tl.arange(0, M) % TILE_W
     inside = (o_y < H) & (o_x < W)
-    o_m = (i_t * 2 * H + 2 * o_y + phase // 2).to(tl.int64) * 2 * W + 2 * o_x + phase % 2
-    finish_tile(acc_1, acc_2, bias, gamma, bias, out, y, o_m, inside, i_n, N, N1, N2, False, NORM, True)
+    row = 2 * o_y + phase // 2
+    column = 2 * o_x + phase % 2
+    o_m = (i_t * 2 * H + row).to(tl.int64) * 2 * W + column
+    o_norm = ((norm_first + i_t) % norm_R * 2 * H + row).to(tl.int64) * 2 * W + column
+    finish_tile(acc_1, acc_2, bias, gamma, bias, out, y, o_m, o_norm, inside, i_n, N, N1, N2, False, NORM, True)
 
 
 def upsample_tiling(in_channels: int, out_channels: int, large: bool) -> Tiling:
     """All channels in one program up to 192, so that it can take the norm."""
+    channels = slice_of(in_channels, 64 if large else 32)
     for n1, n2 in ((64, 32), (128, 64)):
         if out_channels == n1 + n2 and (large or n1 == 64):
-            return Tiling(128, slice_of(in_channels, 64 if large else 32), (n1, n2), 8, 3)
-    return Tiling(128, slice_of(in_channels, 64), (slice_of(out_channels, 128 if large else 64), 0), 8, 3)
+            return Tiling(1, 128, channels, (n1, n2), 8, 3)
+    return Tiling(1, 128, channels, (slice_of(out_channels, 128 if large else 64), 0), 8, 3 if large else 2)
 
 
 def _upsample_triton(
-    x: torch.Tensor, weights: UpsampleWeights, gamma: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    x: torch.Tensor,
+    weights: UpsampleWeights,
+    gamma: torch.Tensor | None,
+    norm_out: torch.Tensor | None,
+    norm_first: int,
+) -> torch.Tensor:
     T, H, W, C = x.shape
     N = weights.filters.shape[1]
     tiling = upsample_tiling(C, N, has_large_shared_memory(x))
-    n1, n2 = tiling.columns
+    k, (n1, n2) = tiling.slice, tiling.columns
     num_n = N // (n1 + n2)
     fused = gamma is not None and num_n == 1
     out = torch.empty(T, 2 * H, 2 * W, N, dtype=x.dtype, device=x.device)
-    y = torch.empty_like(out) if fused else None
     tile_h, tile_w = tile_shape(H, W, tiling.pixels)
     num_y, num_x = triton.cdiv(H, tile_h), triton.cdiv(W, tile_w)
     with device_of(x):
         upsample_conv_kernel[(num_n * 4 * num_x * num_y, T)](
-            frame_descriptor(readable(x), (tile_h, tile_w, tiling.slice)),
-            TensorDescriptor.from_tensor(weights.filters, [tiling.slice, n1]),
-            TensorDescriptor.from_tensor(weights.filters, [tiling.slice, n2 or n1]),
+            frame_descriptor(readable(x), (tile_h, tile_w, k)),
+            TensorDescriptor.from_tensor(weights.filters, [k, n1]),
+            TensorDescriptor.from_tensor(weights.filters, [k, n2 or n1]),
             weights.bias, gamma.float().contiguous() if fused and gamma is not None else weights.bias,
-            out, weights.bias if y is None else y, H, W, N, num_x, num_y,
-            C=C, TILE_H=tile_h, TILE_W=tile_w, K=tiling.slice, N1=n1, N2=n2, NUM_N=num_n, NORM=fused,
+            out, norm_out if fused else weights.bias,
+            H, W, N, norm_first, 1 if norm_out is None else len(norm_out), num_x,
+            C=C, TILE_H=tile_h, TILE_W=tile_w, K=k, N1=n1, N2=n2, NUM_N=num_n, NORM=fused,
             num_warps=tiling.num_warps, num_stages=tiling.num_stages, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
-    if gamma is not None and y is None:
-        y = norm_silu(out, gamma, provider="triton")
-    return out, y
+    if gamma is not None and norm_out is not None and not fused:
+        norm_silu_into(out, gamma, norm_out, norm_first)
+    return out

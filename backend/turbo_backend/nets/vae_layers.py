@@ -10,15 +10,20 @@ Every convolution of the network goes through `convolve`, every norm with its Si
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import turbo_kernels
+from turbo_kernels import norm_silu as norm_silu_kernel
 
 #: Lower bound of the norm that RMS normalisation divides by (Wan2.1).
 _SMALLEST_NORM = 1e-12
+
+#: Past frames in a ring: what a causal convolution of three time taps sees.
+RING_PAST = 2
 
 
 def convolve(
@@ -102,8 +107,16 @@ def norm_silu(x_THWC: Tensor, gamma: Tensor, *, out: Tensor | None = None) -> Te
         y_THWC = F.silu(rms_norm(x_THWC, gamma))
         return y_THWC if out is None else out.copy_(y_THWC)
     if x_THWC.is_cuda:
-        return turbo_kernels.norm_silu(x_THWC, gamma.view(-1), out=out)
+        return norm_silu_kernel.norm_silu(x_THWC, gamma.view(-1), out=out)
     return F.silu(rms_norm(x_THWC, gamma, out=out), inplace=True)
+
+
+@dataclass(slots=True, eq=False)
+class FrameRing:
+    """Input of a running causal convolution, [R, H, W, C]: frame i lies at i mod R, the newest from `begin` on."""
+
+    frames: Tensor
+    begin: int
 
 
 class FrameHistory:
@@ -113,10 +126,11 @@ class FrameHistory:
     given, since a causal convolution sees no other frames of its past.
     """
 
-    __slots__ = ("_frames", "_keeping")
+    __slots__ = ("_frames", "_keeping", "_rings")
 
     def __init__(self) -> None:
         self._frames: dict[nn.Module, Tensor] = {}
+        self._rings: dict[nn.Module, FrameRing] = {}
         self._keeping = True
 
     def finish(self) -> None:
@@ -133,16 +147,27 @@ class FrameHistory:
             # A copy: a view would hold on to the whole window.
             self._frames[layer] = frames_THWC.clone()
 
-    def swap(self, layer: nn.Module, pair_2HWC: Tensor) -> Tensor:
-        """The two frames before `pair_2HWC`, zeros where there were none; the pair, not copied, takes their place."""
-        past_THWC = self._frames.get(layer)
-        self._frames[layer] = pair_2HWC
-        if past_THWC is None:
-            return torch.zeros_like(pair_2HWC)
-        missing = pair_2HWC.shape[0] - past_THWC.shape[0]
-        if missing == 0:
-            return past_THWC
-        return torch.cat([past_THWC.new_zeros(missing, *past_THWC.shape[1:]), past_THWC])
+    def advance_ring(self, layer: nn.Module, frames_THWC_shape: Sequence[int], like: Tensor) -> FrameRing:
+        """The ring of a layer's input frames, its newest T frames to be written next.
+
+        Args:
+            layer: a convolution that sees two past frames.
+            frames_THWC_shape: of the frames to be written; the same in each call.
+            like: gives dtype and device.
+        """
+        ring = self._rings.get(layer)
+        num_frames, *frame_shape = frames_THWC_shape
+        if ring is None:
+            past_THWC = self._frames.pop(layer, None)
+            num_past = 0 if past_THWC is None else past_THWC.shape[0]
+            frames_RHWC = like.new_empty(RING_PAST + num_frames, *frame_shape)
+            frames_RHWC[: RING_PAST - num_past].zero_()
+            if past_THWC is not None:
+                frames_RHWC[RING_PAST - num_past : RING_PAST] = past_THWC
+            ring = self._rings[layer] = FrameRing(frames_RHWC, RING_PAST)
+        else:
+            ring.begin += num_frames
+        return ring
 
     def open_window(self, layer: nn.Module, x_THWC: Tensor, depth: int) -> Tensor:
         """Memory for the layer's past and its new frames, the past filled in.
