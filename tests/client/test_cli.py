@@ -89,7 +89,13 @@ def start(*arguments: object, folder: Path) -> subprocess.Popen[bytes]:
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=obey_interrupts,
     )
+
+
+def obey_interrupts() -> None:
+    """As in a terminal: the background job of a shell, as this run may be, ignores SIGINT, its children too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_request(fake: FakeTriton) -> None:

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,8 +68,16 @@ def test_status_names_the_models(triton: TritonServer, tmp_path: Path) -> None:
 
 def test_interrupt_leaves_no_file(triton: TritonServer, tmp_path: Path) -> None:
     command = [*COMMAND, "generate", "a long one", "-o", "a.mp4", "--num-frames", "65", "--url", triton.grpc_url]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    time.sleep(3)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        # As in a terminal: a shell's background job ignores SIGINT, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stderr is not None
+    process.stderr.readline()  # it has begun to report progress
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
