@@ -12,7 +12,9 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from unittest import mock
 
 import torch
@@ -53,7 +55,7 @@ def plain_decode(net: WanVAE, latents: Tensor) -> Tensor:
 
     with (
         mock.patch.object(vae_layers, "norm_silu", norm_silu),
-        mock.patch.object(net, "_decoder_for", lambda z_THWC, history: net.decoder),
+        mock.patch.object(net, "_decoder_for", return_value=net.decoder),
     ):
         return net.decode(latents)
 
@@ -79,12 +81,12 @@ def check(exact_net: WanVAE, net: WanVAE, size: tuple[int, int], num_latents: in
     return {"error": error, "plain_error": plain, "ratio": error / plain, "streamed": streamed, "passed": passed}
 
 
-def time_ms(run: object, repeats: int) -> float:
+def time_ms(run: Callable[[], object], repeats: int) -> float:
     times = []
     for i in range(repeats + 1):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        run()  # type: ignore[operator]
+        run()
         end.record()
         end.synchronize()
         if i:
@@ -130,12 +132,11 @@ def main() -> int:
     rows: list[dict[str, object]] = []
     for size in arguments.sizes:
         latents = random_latents(num_latents, SIZES[size])
-        runs = {f"decode, chunk_latents {n}": lambda n=n: net.decode(latents, chunk_latents=n) for n in arguments.chunks}
-        runs |= {
-            f"uint8 on the host, chunk_latents {n}": lambda n=n: to_host(net, latents, n) for n in arguments.chunks[:1]
-        }
+        runs = {f"decode, chunk_latents {n}": partial(net.decode, latents, chunk_latents=n) for n in arguments.chunks}
+        first = arguments.chunks[0]
+        runs[f"uint8 on the host, chunk_latents {first}"] = partial(to_host, net, latents, first)
         if arguments.plain:
-            runs["plain PyTorch decode"] = lambda: plain_decode(net, latents)
+            runs["plain PyTorch decode"] = partial(plain_decode, net, latents)
         for name, run in runs.items():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -147,7 +148,9 @@ def main() -> int:
                     "met": value <= TARGETS[size], "peak_gib": round(peak, 2),
                 }
             )  # fmt: skip
-            print(f"{rows[-1]['name']:48s} {value:8.1f} ms  target {TARGETS[size]:.0f}  peak {peak:.2f} GiB", flush=True)
+            print(
+                f"{rows[-1]['name']:48s} {value:8.1f} ms  target {TARGETS[size]:.0f}  peak {peak:.2f} GiB", flush=True
+            )
         if arguments.profile and size == arguments.sizes[0]:
             profile(net, latents, arguments.chunks[0])
     device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}

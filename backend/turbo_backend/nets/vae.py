@@ -158,9 +158,13 @@ class WanVAE(nn.Module):
         return frames_THWC.permute(3, 0, 1, 2)
 
     def _decoder_for(self, z_THWC: Tensor, history: FrameHistory) -> Callable[[Tensor, FrameHistory], Tensor]:
-        """The decoder, or on a CUDA device its fused form once a video's first frame is done."""
+        """The decoder, or its fused form: in 16 bits on a CUDA device, once a video's first frame is done.
+
+        In fp32 there are no tensor cores to feed, and the plain layers are the reference.
+        """
         is_first = not history.has_started(self.decoder.conv1)
-        if is_first or not z_THWC.is_cuda or not fits_kernels(self.decoder):
+        fits = z_THWC.is_cuda and z_THWC.dtype in (torch.bfloat16, torch.float16) and fits_kernels(self.decoder)
+        if is_first or not fits:
             return self.decoder
         if self._fused_decoder is None or not self._fused_decoder.is_current():
             self._fused_decoder = None  # frees the old weights first

@@ -18,6 +18,7 @@ from turbo_backend.nets.vae_decoder import Decoder, Upsample
 from turbo_backend.nets.vae_layers import (
     RING_PAST,
     CausalConv3d,
+    FrameConv,
     FrameHistory,
     FrameRing,
     ResidualBlock,
@@ -79,6 +80,7 @@ class FusedDecoder:
         for layer in _high_layers(decoder):
             if isinstance(layer, Upsample):
                 conv = layer.resample["1"]
+                assert isinstance(conv, FrameConv)
                 self._layers.append(_Doubling(layer.time_conv, upsample_weights(conv.weight, conv.bias)))
             else:
                 self._layers.append(_prepare_block(layer))

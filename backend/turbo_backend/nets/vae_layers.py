@@ -166,6 +166,7 @@ class FrameHistory:
                 frames_RHWC[RING_PAST - num_past : RING_PAST] = past_THWC
             ring = self._rings[layer] = FrameRing(frames_RHWC, RING_PAST)
         else:
+            assert tuple(ring.frames.shape) == (RING_PAST + num_frames, *frame_shape)
             ring.begin += num_frames
         return ring
 
