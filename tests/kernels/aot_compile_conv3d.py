@@ -17,19 +17,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turbo_kernels import conv3d, norm_silu, providers, upsample_conv
 
-#: H, W, C_in, C_out, frames of the decoder's convolutions (the last three: of the tiny model); residual, norm, output.
+#: H, W, C_in, C_out, frames; residual, norm, output: the heaviest of each tiling at 480p, and one of the tiny model.
 CONVOLUTIONS = (
-    (120, 208, 192, 384, 2, False, True, False),
     (120, 208, 384, 384, 2, True, True, True),
-    (240, 416, 192, 192, 4, True, False, True),
-    (480, 832, 96, 96, 4, False, True, False),
     (480, 832, 96, 96, 4, True, True, True),
     (480, 832, 96, 3, 4, False, False, True),
     (144, 256, 16, 16, 4, True, True, True),
-    (36, 64, 32, 64, 2, False, True, False),
-    (144, 256, 16, 3, 4, False, False, True),
 )
-UPSAMPLINGS = ((60, 104, 384, 192), (240, 416, 192, 96), (18, 32, 64, 32), (72, 128, 32, 16))
+UPSAMPLINGS = ((60, 104, 384, 192), (72, 128, 32, 16))
 
 
 def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
