@@ -104,13 +104,24 @@ class Fp8Linear(nn.Module):
     """y = x W^T + b with e4m3 W and one scale an output channel, for inference on a GPU that multiplies e4m3.
 
     Keys: `fp8_weight` e4m3 [N, K], `scale` float32 [N], and `bias` [N] in the network's dtype, if there is one.
+
+    Attributes:
+        uniform: all channels have one scale, as a product with GELU in its epilogue needs it.
+        weight_norm, bias_amax: float32 scalars of such a linear: the largest norm of a row, the largest |bias|.
     """
 
     fp8_weight: torch.Tensor
     scale: torch.Tensor
+    weight_norm: torch.Tensor
+    bias_amax: torch.Tensor
 
-    def __init__(self, weight: Fp8Rows, bias_N: torch.Tensor | None) -> None:
+    def __init__(self, weight: Fp8Rows, bias_N: torch.Tensor | None, *, uniform: bool = False) -> None:
         super().__init__()
+        self.uniform = uniform
+        if uniform:
+            assert bias_N is not None
+            self.register_buffer("weight_norm", weight.dequantize().norm(dim=1).amax(), persistent=False)
+            self.register_buffer("bias_amax", bias_N.detach().abs().amax().float(), persistent=False)
         self.out_features, self.in_features = weight.values.shape
         self.register_buffer("fp8_weight", weight.values)
         self.register_buffer("scale", weight.scale)
@@ -121,9 +132,14 @@ class Fp8Linear(nn.Module):
             self.bias = nn.Parameter(bias_N.detach(), requires_grad=False)
 
     @classmethod
-    def from_int8(cls, linear: Int8Linear) -> Self:
+    def from_int8(cls, linear: Int8Linear, *, uniform: bool = False) -> Self:
         """Rounds what the int8 weights stand for to e4m3 rows, on their device."""
-        return cls(quantize_fp8_rows(linear.dequantized_weight()), linear.bias)
+        weight = linear.dequantized_weight()
+        if not uniform:
+            return cls(quantize_fp8_rows(weight), linear.bias)
+        whole = quantize_fp8_rows(weight.view(1, -1))
+        rows = Fp8Rows(whole.values.view(weight.shape), whole.scale.repeat(len(weight)))
+        return cls(rows, linear.bias, uniform=True)
 
     def forward(self, x_BLK: torch.Tensor, *, provider: str | None = None) -> torch.Tensor:
         """[B, L, K] to [B, L, N] in the dtype of x; `provider` as in turbo_kernels, by default the device's."""
@@ -137,7 +153,7 @@ class Fp8Linear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # A cast of the whole network must neither widen the weights nor round the scales.
-        kept = {"fp8_weight": self.fp8_weight, "scale": self.scale}
+        kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in kept.items():
             applied = self.get_buffer(name)
@@ -156,10 +172,15 @@ def quantize_linears(net: nn.Module) -> None:
         setattr(parent, child_name, Int8Linear.from_linear(linear))
 
 
-def convert_to_fp8(net: nn.Module) -> None:
-    """Replaces every `Int8Linear` inside `net.blocks` by the `Fp8Linear` of the same weights, one at a time."""
+def convert_to_fp8(net: nn.Module, *, fuse_gelu: bool) -> None:
+    """Replaces every `Int8Linear` inside `net.blocks` by the `Fp8Linear` of the same weights, one at a time.
+
+    Args:
+        fuse_gelu: make the linears that GELU follows, each the first of its `ffn`, uniform.
+    """
     for parent, child_name, linear in _children(net, Int8Linear):
-        setattr(parent, child_name, Fp8Linear.from_int8(linear))
+        before_gelu = isinstance(parent, nn.Sequential) and child_name == "0"
+        setattr(parent, child_name, Fp8Linear.from_int8(linear, uniform=fuse_gelu and before_gelu))
 
 
 def _children(net: nn.Module, kind: type[_Linear]) -> Iterator[tuple[nn.Module, str, _Linear]]:

@@ -2,7 +2,7 @@
 
     x'  = x + y [* gate]                                          rounded to the dtype of x
     h   = LN(x') [* weight + bias] [* (1 + scale) + shift]        LN in fp32 with the true variance over D
-    out = h, or e4m3 rows of h with one scale a token
+    out = h, or e4m3 of h with one scale a token, or with one given scale a sample
 
 Source: Wan2.1 (adaLN blocks); the fusion is that of any memory-bound chain: each tensor is read and written once.
 """
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from turbo_kernels.checks import check_float
+from turbo_kernels.fp8_gelu_linear import Fp8Samples
 from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX, Fp8Rows, piece_warps, quantize_fp8_rows, row_pieces
 from turbo_kernels.gate_residual import gate_residual
 from turbo_kernels.layer_norm import layer_norm_modulate
@@ -36,8 +37,9 @@ def residual_norm(
     shift_BD: torch.Tensor | None = None,
     eps: float,
     out_dtype: torch.dtype | None = None,
+    out_scale_B: torch.Tensor | None = None,
     provider: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | Fp8Rows]:
+) -> tuple[torch.Tensor, torch.Tensor | Fp8Rows | Fp8Samples]:
     """Add a branch's output to the residual stream and prepare the next branch's input.
 
     Args:
@@ -47,6 +49,7 @@ def residual_norm(
         weight, bias: [D], both or neither.
         scale_BD, shift_BD: [B, D], both or neither.
         out_dtype: of h: that of x (None), torch.float32, or torch.float8_e4m3fn for `Fp8Rows`.
+        out_scale_B: fp32 [B], with e4m3 alone: h is divided by its sample's and comes as `Fp8Samples`.
 
     Returns:
         x', in the dtype of x (x itself where nothing is added), and h.
@@ -63,6 +66,11 @@ def residual_norm(
         raise ValueError(f"out_dtype is {out_dtype}: must be {x_BLD.dtype}, float32 or float8_e4m3fn")
     if (weight is None) != (bias is None) or (scale_BD is None) != (shift_BD is None):
         raise ValueError("weight and bias, and scale and shift, must be given together or not at all")
+    if out_scale_B is not None and (
+        out_dtype != torch.float8_e4m3fn or out_scale_B.shape != (B,) or out_scale_B.dtype != torch.float32
+    ):
+        found = f"{out_scale_B.dtype} {tuple(out_scale_B.shape)} for {out_dtype}"
+        raise ValueError(f"out_scale is {found}: must be torch.float32 {(B,)} for float8_e4m3fn")
     if gate_BD is not None and y_BLD is None:
         raise ValueError("a gate needs a y to act on")
     for name, tensor, shape in (
@@ -81,14 +89,24 @@ def residual_norm(
                 )
     provider = resolve_provider(provider, x_BLD.device, op="residual_norm")
     if provider == "triton":
-        return _residual_norm_triton(x_BLD, y_BLD, gate_BD, weight, bias, scale_BD, shift_BD, eps, out_dtype)
+        x_BLD, h, h_scale = _residual_norm_triton(
+            x_BLD, y_BLD, gate_BD, weight, bias, scale_BD, shift_BD, eps, out_dtype, out_scale_B
+        )
+        if h_scale is None:
+            return x_BLD, h
+        return x_BLD, Fp8Rows(h, h_scale) if out_scale_B is None else Fp8Samples(h, h_scale)
     if y_BLD is not None:
         x_BLD = x_BLD + y_BLD if gate_BD is None else gate_residual(x_BLD, y_BLD, gate_BD, provider=provider)
     x = x_BLD if out_dtype == x_BLD.dtype else x_BLD.float()
     h = layer_norm_modulate(
         x, weight=weight, bias=bias, scale_BD=scale_BD, shift_BD=shift_BD, eps=eps, provider=provider
     )
-    return x_BLD, quantize_fp8_rows(h, provider=provider) if out_dtype == torch.float8_e4m3fn else h
+    if out_dtype != torch.float8_e4m3fn:
+        return x_BLD, h
+    if out_scale_B is None:
+        return x_BLD, quantize_fp8_rows(h, provider=provider)
+    scaled = (h / out_scale_B[:, None, None]).clamp(-FP8_MAX, FP8_MAX)
+    return x_BLD, Fp8Samples(scaled.to(torch.float8_e4m3fn), out_scale_B)
 
 
 @triton.jit
@@ -136,7 +154,7 @@ def residual_norm_kernel(
     shift,  # [B, D], MODULATE only
     x_out,  # [B, L, D] contiguous, RESIDUAL only
     h,  # [B, L, D] contiguous
-    h_scale,  # [B, L], QUANTIZE only
+    h_scale,  # QUANTIZE only: [B, L], written; or [B], read where GIVEN
     L,
     D,
     eps,
@@ -157,6 +175,7 @@ def residual_norm_kernel(
     AFFINE: tl.constexpr,
     MODULATE: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    GIVEN: tl.constexpr,
 ):
     i_b = tl.program_id(1).to(tl.int64)
     o_0 = tl.arange(0, HEAD)
@@ -182,12 +201,15 @@ def residual_norm_kernel(
         b_0 = b_0 * rstd * f_0 + s_0
         b_1 = b_1 * rstd * f_1 + s_1
         if QUANTIZE:
-            amax = tl.maximum(tl.max(tl.abs(b_0), 0), tl.max(tl.abs(b_1), 0))
-            row_scale = tl.maximum(amax, amax_floor) * (1.0 / fp8_max)
+            if GIVEN:
+                row_scale = tl.load(h_scale + i_b)
+            else:
+                amax = tl.maximum(tl.max(tl.abs(b_0), 0), tl.max(tl.abs(b_1), 0))
+                row_scale = tl.maximum(amax, amax_floor) * (1.0 / fp8_max)
+                tl.store(h_scale + i_b * L + i_l, row_scale)
             inverse = 1.0 / row_scale
             b_0 = tl.minimum(tl.maximum(b_0 * inverse, -fp8_max), fp8_max)
             b_1 = tl.minimum(tl.maximum(b_1 * inverse, -fp8_max), fp8_max)
-            tl.store(h_scale + i_b * L + i_l, row_scale)
         p_h = h + (i_b * L + i_l) * D
         tl.store(p_h + o_0, b_0.to(h.dtype.element_ty))
         tl.store(p_h + o_1, b_1.to(h.dtype.element_ty), mask=in_1)
@@ -203,7 +225,9 @@ def _residual_norm_triton(
     shift_BD: torch.Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor | Fp8Rows]:
+    out_scale_B: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """x', h, and the scale of h where it is e4m3."""
     B, L, D = x_BLD.shape
     x = _rows(x_BLD)
     y, gate, scale, shift = (x if t is None else _rows(t) for t in (y_BLD, gate_BD, scale_BD, shift_BD))
@@ -211,17 +235,19 @@ def _residual_norm_triton(
     x_out = x if y_BLD is None else torch.empty(B, L, D, dtype=x.dtype, device=x.device)
     h = torch.empty(B, L, D, dtype=out_dtype, device=x.device)
     quantize = out_dtype == torch.float8_e4m3fn
-    h_scale = torch.empty(B, L, dtype=torch.float32, device=x.device) if quantize else x
+    h_scale = x if out_scale_B is None else out_scale_B.contiguous()
+    if quantize and out_scale_B is None:
+        h_scale = torch.empty(B, L, dtype=torch.float32, device=x.device)
     head, tail = row_pieces(D)
     with device_of(x):
         residual_norm_kernel[(triton.cdiv(L, _ROWS), B)](
             x, y, gate, *affine, scale, shift, x_out, h, h_scale, L, D, eps, AMAX_FLOOR, FP8_MAX,
             *x.stride()[:2], *y.stride()[:2], gate.stride(0), scale.stride(0), shift.stride(0),
             HEAD=head, TAIL=tail, ROWS=_ROWS, RESIDUAL=y_BLD is not None, GATE=gate_BD is not None,
-            AFFINE=weight is not None, MODULATE=scale_BD is not None, QUANTIZE=quantize,
+            AFFINE=weight is not None, MODULATE=scale_BD is not None, QUANTIZE=quantize, GIVEN=out_scale_B is not None,
             num_warps=piece_warps(head), enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
-    return x_BLD if y_BLD is None else x_out, Fp8Rows(h, h_scale) if quantize else h
+    return x_BLD if y_BLD is None else x_out, h, h_scale if quantize else None
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,9 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 
@@ -53,10 +54,10 @@ class Row:
 ROWS = {
     "1.3B-480p-bf16": Row("Wan2.1-1.3B", "480p", False, 185, 165, 368),
     "1.3B-480p-8bit": Row("Wan2.1-1.3B", "480p", True, 130, 110, 741),
-    "14B-480p-bf16": Row("Wan2.1-14B", "480p", False, 1350, 1250, 2065),
     "14B-480p-8bit": Row("Wan2.1-14B", "480p", True, 900, 780, 2065),
-    "14B-720p-bf16": Row("Wan2.1-14B", "720p", False, 3700, 3400, 5165),
     "14B-720p-8bit": Row("Wan2.1-14B", "720p", True, 2600, 2200, 5165, 40.0),
+    "14B-480p-bf16": Row("Wan2.1-14B", "480p", False, 1350, 1250, 2065),
+    "14B-720p-bf16": Row("Wan2.1-14B", "720p", False, 3700, 3400, 5165),
 }
 
 
@@ -154,11 +155,21 @@ def profile(run: Callable[[], object], num_kernels: int = 26) -> list[tuple[str,
     return [(row.key[:90], row.self_device_time_total / 1000, row.count) for row in rows]
 
 
-def measure(name: str, repeats: int, with_profile: bool) -> dict[str, object]:
+def measure_all(names: Sequence[str], repeats: int, profiled: Sequence[str]) -> list[dict[str, object]]:
+    """Rows by network, so that each is made once."""
+    results = []
+    by_net = groupby(names, key=lambda name: (ROWS[name].model, ROWS[name].quantized))
+    for (model, quantized), members in by_net:
+        torch.cuda.empty_cache()
+        net = make_net(MODELS[model].dit, torch.bfloat16, quantized=quantized)
+        net.prepare_for_inference()
+        results += [measure(name, net, repeats, name in profiled) for name in members]
+        del net
+    return results
+
+
+def measure(name: str, net: WanDiT, repeats: int, with_profile: bool) -> dict[str, object]:
     row = ROWS[name]
-    torch.cuda.empty_cache()
-    net = make_net(MODELS[row.model].dit, torch.bfloat16, quantized=row.quantized)
-    net.prepare_for_inference()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     latents, text, lengths = make_inputs(net, SIZES[row.size])
@@ -202,7 +213,7 @@ def main() -> int:
     print("gates " + json.dumps(gates), flush=True)
     if not gates["passed"]:
         return 1
-    rows = [measure(name, arguments.repeats, name in arguments.profile) for name in arguments.rows]
+    rows = measure_all(arguments.rows, arguments.repeats, arguments.profile)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     device = {"device": torch.cuda.get_device_name(), "commit": commit or "not a checkout", "versions": versions()}
     print(json.dumps({**device, "gates": gates, "rows": rows}))

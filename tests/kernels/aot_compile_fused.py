@@ -48,6 +48,8 @@ def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
             text_attention(q[0], weight, text, text, eps=1e-6, last_count=9, value_amax=amax, provider="triton")
         residual_norm(x, x, vector, **{**modulation, "out_dtype": torch.float32})
         if capability >= 89:
+            residual_norm(x, x, **modulation, out_scale_B=torch.ones(1))
+        if capability >= 89:
             quantize_fp8_rows(x, provider="triton")
     if capability >= 89:
         for dim in FFN_DIMS:

@@ -16,7 +16,7 @@ from torch import nn
 from turbo_backend.config import DiTConfig
 from turbo_backend.errors import InvalidArgument
 from turbo_backend.nets.attention import AttentionSettings, CrossAttention, SampleContext, SelfAttention, TextContext
-from turbo_backend.nets.fused import FusedStream, run_block
+from turbo_backend.nets.fused import FusedStream, ffn_scales, run_block
 from turbo_backend.nets.rope import rope_table
 from turbo_backend.quantization import (
     Fp8Linear,
@@ -27,6 +27,7 @@ from turbo_backend.quantization import (
     lay_side_by_side,
 )
 from turbo_kernels import default_provider, gate_residual, layer_norm_modulate
+from turbo_kernels.fp8_gelu_linear import multiplies_gelu_fp8
 from turbo_kernels.fp8_linear import multiplies_fp8
 
 #: Parts of a key that mark tensors to keep in float32 whatever the network's dtype: the time path and the head are
@@ -167,7 +168,7 @@ class WanDiT(nn.Module):
         if self.device.type != "cuda":
             return
         if self.linear_kind == "int8" and self.dtype == torch.bfloat16 and multiplies_fp8(self.device):
-            convert_to_fp8(self)
+            convert_to_fp8(self, fuse_gelu=multiplies_gelu_fp8(self.device))
         self.fuse_projections()
 
     def fuse_projections(self) -> None:
@@ -277,8 +278,11 @@ class WanDiT(nn.Module):
     ) -> torch.Tensor:
         """All blocks and the head; each branch's output joins the residual stream in the kernel of the next norm."""
         stream = FusedStream(x_BLM, attention.op_provider)
-        for layer, block in enumerate(self._typed_blocks()):
-            run_block(block, stream, modulation[layer], context, layer, rope, attention)
+        blocks = self._typed_blocks()
+        all_scales = ffn_scales(blocks, modulation)
+        for layer, block in enumerate(blocks):
+            scales = None if all_scales is None else all_scales[layer]
+            run_block(block, stream, modulation[layer], context, layer, rope, attention, scales)
         shift, scale = self.head.shift_and_scale(time_BM)
         h = stream.norm(scale_BD=scale, shift_BD=shift, eps=self.head.eps, out_dtype=torch.float32)
         assert isinstance(h, torch.Tensor)

@@ -3,13 +3,16 @@
     norm, modulation and 8-bit rounding ride on the addition of the branch before     (`residual_norm`)
     q, k, v              one product; norm and rotation of q and k in one kernel       (`qk_norm_rope`)
     cross-attention      norm of q, softmax and 8-bit rounding in one kernel           (`text_attention`)
-    GELU                 in the epilogue of its product, or with the 8-bit rounding    (`quantize_fp8_rows`)
+    GELU                 in the epilogue of its product, its 8-bit rounding too where cuBLASLt offers that
+                         (`fp8_gelu_linear`), else together with that rounding         (`quantize_fp8_rows`)
 
 Shapes: B batch, L tokens, H heads, D channels of a head, M channels of the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +20,7 @@ from torch import nn
 
 from turbo_backend.nets.attention import AttentionSettings, CrossAttention, SelfAttention, TextContext
 from turbo_backend.quantization import Fp8Linear, LinearWeights
+from turbo_kernels.fp8_gelu_linear import Fp8Samples, ffn_bounds, fp8_gelu_linear
 from turbo_kernels.fp8_linear import Fp8Rows, quantize_fp8_rows
 from turbo_kernels.qk_norm_rope import qk_norm_rope
 from turbo_kernels.residual_norm import residual_norm
@@ -26,6 +30,32 @@ if TYPE_CHECKING:
     from turbo_backend.nets.dit import Block
 
 Activations = torch.Tensor | Fp8Rows
+
+
+@dataclass(frozen=True, slots=True)
+class FFNScales:
+    """Scales of one layer's feed-forward, known before it runs: of its input h and of GELU(h W^T + b), float32 [B]."""
+
+    h: torch.Tensor
+    hidden: torch.Tensor
+
+
+def ffn_scales(blocks: Sequence[Block], modulation: torch.Tensor) -> list[FFNScales] | None:
+    """Every layer's, from one step's modulation [num_layers, 6, B, M]; None unless its linears are uniform e4m3.
+
+    Sample by sample: the order of a sum over M may change with the shape of what is summed.
+    """
+    ups = [block.ffn[0] for block in blocks]
+    if not all(isinstance(up, Fp8Linear) and up.uniform for up in ups):
+        return None
+    weight_norm = torch.stack([up.get_buffer("weight_norm") for up in ups])
+    bias_amax = torch.stack([up.get_buffer("bias_amax") for up in ups])
+    samples = [
+        ffn_bounds(one[:, 4].contiguous(), one[:, 3].contiguous(), weight_norm, bias_amax)
+        for one in modulation.unbind(2)
+    ]
+    h, hidden = (torch.stack(scales, dim=1) for scales in zip(*samples, strict=True))
+    return [FFNScales(h_B, hidden_B) for h_B, hidden_B in zip(h, hidden, strict=True)]
 
 
 class FusedStream:
@@ -44,6 +74,17 @@ class FusedStream:
 
     def norm(self, **parameters: Any) -> Activations:
         """Completes the stream and returns its norm; `parameters` as `residual_norm` takes them."""
+        h = self._norm(**parameters)
+        assert not isinstance(h, Fp8Samples)
+        return h
+
+    def norm_by_scale(self, out_scale_B: torch.Tensor, **parameters: Any) -> Fp8Samples:
+        """The same in e4m3 with given scales."""
+        h = self._norm(out_scale_B=out_scale_B, out_dtype=torch.float8_e4m3fn, **parameters)
+        assert isinstance(h, Fp8Samples)
+        return h
+
+    def _norm(self, **parameters: Any) -> Activations | Fp8Samples:
         self._x, h = residual_norm(self._x, self._branch, self._gate, **parameters, provider=self._provider)
         self._branch = self._gate = None
         return h
@@ -57,8 +98,9 @@ def run_block(
     layer: int,
     rope: torch.Tensor,
     attention: AttentionSettings,
+    scales: FFNScales | None,
 ) -> None:
-    """One block; modulation float32: shift1, scale1, gate1, shift2, scale2, gate2."""
+    """One block; modulation float32: shift1, scale1, gate1, shift2, scale2, gate2; scales from `ffn_scales`."""
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation_6BM.unbind(0)
     eps, provider = block.eps, attention.op_provider
     self_attn, cross_attn = block.self_attn, block.cross_attn
@@ -67,8 +109,13 @@ def run_block(
     norm3 = block.norm3
     h = stream.norm(weight=norm3.weight, bias=norm3.bias, eps=eps, out_dtype=_input_dtype(cross_attn.q))
     stream.add(_attend_to_text(cross_attn, h, context, layer, provider), None)
-    h = stream.norm(scale_BD=scale2, shift_BD=shift2, eps=eps, out_dtype=_input_dtype(block.ffn[0]))
-    stream.add(_feed_forward(block.ffn, h, provider), gate2)
+    if scales is None:
+        h = stream.norm(scale_BD=scale2, shift_BD=shift2, eps=eps, out_dtype=_input_dtype(block.ffn[0]))
+        hidden = _expand(block.ffn, h, provider)
+    else:
+        h8 = stream.norm_by_scale(scales.h, scale_BD=scale2, shift_BD=shift2, eps=eps)
+        hidden = _expand_fp8(block.ffn, h8, scales.hidden, provider)
+    stream.add(LinearWeights.of(block.ffn[2]).multiply(hidden, provider=provider), gate2)
 
 
 def _input_dtype(linear: nn.Module) -> torch.dtype | None:
@@ -129,12 +176,18 @@ def _stack(samples: list[Activations]) -> Activations:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
-def _feed_forward(ffn: nn.Sequential, h: Activations, provider: str) -> torch.Tensor:
+def _expand(ffn: nn.Sequential, h: Activations, provider: str) -> Activations:
+    """GELU(h W^T + b), as the second linear reads it."""
     up, _, down = ffn
+    weights = LinearWeights.of(up)
     if isinstance(down, Fp8Linear):
-        hidden: Activations = quantize_fp8_rows(
-            LinearWeights.of(up).multiply(h, provider=provider), gelu=True, provider=provider
-        )
-    else:
-        hidden = LinearWeights.of(up).multiply(h, provider=provider, gelu=True)
-    return LinearWeights.of(down).multiply(hidden, provider=provider)
+        return quantize_fp8_rows(weights.multiply(h, provider=provider), gelu=True, provider=provider)
+    return weights.multiply(h, provider=provider, gelu=True)
+
+
+def _expand_fp8(ffn: nn.Sequential, h: Fp8Samples, hidden_scale_B: torch.Tensor, provider: str) -> Fp8Rows:
+    """The same in one kernel."""
+    up = ffn[0]
+    assert isinstance(up, Fp8Linear)
+    assert up.bias is not None
+    return fp8_gelu_linear(h, Fp8Rows(up.fp8_weight, up.scale), up.bias, hidden_scale_B, provider=provider)
