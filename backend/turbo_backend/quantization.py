@@ -21,7 +21,7 @@ from torch import nn
 from typing_extensions import Self
 
 from turbo_kernels import default_provider, int8_linear, quantize_int8_blockwise
-from turbo_kernels.fp8_linear import Fp8Rows, fp8_linear, quantize_fp8_rows
+from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX, Fp8Rows, fp8_linear, quantize_fp8_rows
 
 BLOCK = 128
 _Linear = TypeVar("_Linear", bound=nn.Module)
@@ -137,9 +137,9 @@ class Fp8Linear(nn.Module):
         weight = linear.dequantized_weight()
         if not uniform:
             return cls(quantize_fp8_rows(weight), linear.bias)
-        whole = quantize_fp8_rows(weight.view(1, -1))
-        rows = Fp8Rows(whole.values.view(weight.shape), whole.scale.repeat(len(weight)))
-        return cls(rows, linear.bias, uniform=True)
+        scale = weight.abs().amax().clamp_min(AMAX_FLOOR) * (1.0 / FP8_MAX)
+        values = weight.div_(scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        return cls(Fp8Rows(values, scale.repeat(len(values))), linear.bias, uniform=True)
 
     def forward(self, x_BLK: torch.Tensor, *, provider: str | None = None) -> torch.Tensor:
         """[B, L, K] to [B, L, N] in the dtype of x; `provider` as in turbo_kernels, by default the device's."""

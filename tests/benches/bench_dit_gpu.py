@@ -1,6 +1,6 @@
 """Forward of the Wan transformer on one GPU: accuracy first, then times. Prints a table, then one line of JSON.
 
-    python tests/benches/bench_dit_gpu.py [--rows 1.3B-480p-bf16 ...] [--repeats 5] [--profile ROW] [--kernels]
+    python tests/benches/bench_dit_gpu.py [--rows 1.3B-480p-bf16 ...] [--repeats 5] [--profile ROW ...]
 
 Random weights of the published shapes, batch 1, 81 frames, a 60-token prompt, attention `sagesla` at top-k 0.1; one
 forward is one step of the sampler. Exits with 1, without times, if a gate fails:
@@ -214,8 +214,9 @@ def main() -> int:
     if not gates["passed"]:
         return 1
     rows = measure_all(arguments.rows, arguments.repeats, arguments.profile)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    device = {"device": torch.cuda.get_device_name(), "commit": commit or "not a checkout", "versions": versions()}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = "not a checkout" if git.returncode else git.stdout.strip()
+    device = {"device": torch.cuda.get_device_name(), "commit": commit, "versions": versions()}
     print(json.dumps({**device, "gates": gates, "rows": rows}))
     return 0
 

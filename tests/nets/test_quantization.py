@@ -178,12 +178,28 @@ def test_e4m3_linear_made_from_int8():
     assert torch.equal(linear(x)[1], linear(x[1:])[0])
 
 
+def test_uniform_e4m3_linear():
+    """One scale; the values beside it are those that bounds of its products need."""
+    quantized = Int8Linear.from_linear(nn.Linear(256, 130).requires_grad_(False))
+    linear = Fp8Linear.from_int8(quantized, uniform=True)
+    exact = quantized.dequantized_weight()
+    assert linear.uniform
+    assert torch.equal(linear.scale, (exact.abs().amax() * (1.0 / 448.0)).repeat(130))
+    rounded = linear.fp8_weight.float() * linear.scale[:, None]
+    assert ((rounded - exact).norm() / exact.norm()).item() < 0.03
+    assert torch.equal(linear.weight_norm, rounded.norm(dim=1).amax())
+    assert torch.equal(linear.bias_amax, linear.bias.abs().amax())
+    assert set(linear.state_dict()) == {"fp8_weight", "scale", "bias"}
+
+
 def test_conversion_and_casts_of_e4m3_linears():
     net = make_net()
     quantize_linears(net)
     assert net.linear_kind == "int8"
-    convert_to_fp8(net, fuse_gelu=False)
+    convert_to_fp8(net, fuse_gelu=True)
     assert net.linear_kind == "fp8"
+    assert [net.blocks[0].ffn[i].uniform for i in (0, 2)] == [True, False]
+    assert not net.blocks[0].self_attn.q.uniform
     assert not any(isinstance(module, Int8Linear) for module in net.modules())
     scale = net.blocks[0].ffn[0].scale.clone()
     net.to(torch.bfloat16)
