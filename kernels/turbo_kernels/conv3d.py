@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -165,12 +166,14 @@ def norm_silu_into(x_THWC: torch.Tensor, gamma_C: torch.Tensor, ring_RHWC: torch
 
 
 @triton.jit
+@no_type_check
 def load_tile(frames, i_frame, i_y, i_x, i_c, M: tl.constexpr, K: tl.constexpr):
     """[M, K]: channels i_c .. of the tile of pixels at (i_y, i_x); zeros outside the frame."""
     return tl.reshape(frames.load([i_frame, i_y, i_x, i_c]), [M, K])
 
 
 @triton.jit
+@no_type_check
 def finish_tile(
     acc_1, acc_2, residual, gamma, bias, out, y, o_m, o_norm, inside, i_n, N,
     N1: tl.constexpr, N2: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
@@ -207,6 +210,7 @@ def finish_tile(
 
 
 @triton.jit(do_not_specialize=["first", "norm_first", "num_x"])
+@no_type_check
 def causal_conv3d_kernel(
     frames,  # descriptor [R, H, W, C] in blocks of K channels
     filters_1,  # descriptor [27 C, N rounded up] in blocks of [K, N1]
@@ -310,7 +314,8 @@ def has_large_shared_memory(x: torch.Tensor) -> bool:
     """Whether a program of x's device may take more than 160 KiB of shared memory (compute 8.0, 9.0, 10.0)."""
     if x.device.type != "cuda":
         return False
-    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin > 160_000
+    size: int = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return size > 160_000
 
 
 def conv_tiling(in_channels: int, columns: int, num_frames: int, large: bool) -> Tiling:

@@ -8,6 +8,7 @@ All in fp32, rounded once. Source: Wan2.1 VAE.
 from __future__ import annotations
 
 import math
+from typing import no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,7 @@ def norm_silu_reference(x: torch.Tensor, gamma_C: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+@no_type_check
 def silu_of_norm(b_x, squares, b_gamma, C):
     """silu(x / max(|x|, 1e-12) * sqrt(C) * gamma) of rows [M, N] of fp32 whose squares sum to `squares` [M]."""
     scale = tl.sqrt(C.to(tl.float32)) / tl.maximum(tl.sqrt(squares), 1e-12)
@@ -66,6 +68,7 @@ def silu_of_norm(b_x, squares, b_gamma, C):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
+@no_type_check
 def norm_silu_kernel(x, gamma, out, num_rows, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     o_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_c = tl.arange(0, COLUMNS)

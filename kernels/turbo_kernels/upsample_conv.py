@@ -13,6 +13,7 @@ Sources: Shi et al., "Is the deconvolution layer the same as a convolutional lay
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,7 @@ def upsample_conv(
 
 
 @triton.jit(do_not_specialize=["norm_first", "num_x"])
+@no_type_check
 def upsample_conv_kernel(
     x,  # descriptor [T, H, W, C]
     filters_1,  # descriptor [16 C, N] in blocks of [K, N1]
