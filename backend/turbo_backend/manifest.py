@@ -48,7 +48,7 @@ def make_manifest(report: Mapping[str, object]) -> str:
         "parameters",
         "weights",
         "attention",
-        "quant_linear",
+        "linear_kind",
         "dtype",
         "device",
         "versions",

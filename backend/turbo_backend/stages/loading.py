@@ -81,6 +81,7 @@ def load_denoiser(settings: Settings, *, ensemble: str) -> DenoiserStage:
 
     layout = DenoiserLayout(model.dit, quant_linear=settings.quant_linear)
     net, fingerprint = _load(layout, files.dit[0] if files else None, settings)
+    net.prepare_for_inference()
     stage = DenoiserStage(
         net,
         model,
@@ -88,7 +89,7 @@ def load_denoiser(settings: Settings, *, ensemble: str) -> DenoiserStage:
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=_GPU_BATCH_TOKENS if settings.device.type == "cuda" else _CPU_BATCH_TOKENS,
         fingerprint=fingerprint,
-        identity={"ensemble": ensemble, "quant_linear": settings.quant_linear, "self_check": "passed"},
+        identity={"ensemble": ensemble, "linear_kind": net.linear_kind, "self_check": "passed"},
     )
     _warm_denoiser(stage, model)
     return stage
