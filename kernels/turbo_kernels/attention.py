@@ -21,7 +21,7 @@ from turbo_kernels.block_map import (
 )
 from turbo_kernels.checks import check_attention_inputs, check_float
 from turbo_kernels.linear_attention import linear_attention, linear_attention_reference
-from turbo_kernels.providers import resolve_provider
+from turbo_kernels.providers import is_hopper, resolve_provider
 from turbo_kernels.sage_attention import prepare_queries, sage_attention_reference, sage_attention_triton
 from turbo_kernels.spargeattn import sage_attention_spargeattn
 from turbo_kernels.sparse_attention import sparse_attention_reference, sparse_attention_triton
@@ -44,9 +44,7 @@ def attention_geometry(attention_type: str, device: torch.device | str) -> tuple
     """
     if attention_type not in SPARSE_TYPES:
         raise ValueError(f"attention type {attention_type!r} has no block geometry: one of {', '.join(SPARSE_TYPES)}")
-    device = torch.device(device)
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return (64, 128) if attention_type == "sagesla" and hopper else (128, 64)
+    return (64, 128) if attention_type == "sagesla" and is_hopper(torch.device(device)) else (128, 64)
 
 
 def sla_attention(

@@ -27,7 +27,7 @@ from turbo_kernels.checks import check_attention_inputs
 from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
 #: Key blocks a row of scores is padded to: one compiled kernel each, whatever the length.
-_ROW_SIZES = (512, 2048, 8192)
+_ROW_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 _SCORE_TILE = 64
 
 
@@ -148,7 +148,8 @@ def pool_kernel(
     i_bh = tl.program_id(1).to(tl.int64)
     o_l = i_block * BLOCK + tl.arange(0, BLOCK)
     o_d = tl.arange(0, D)
-    p_x = x + (i_bh // H) * stride_b + (i_bh % H) * stride_h + o_l.to(tl.int64)[:, None] * stride_l + o_d[None, :]
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    p_x = x + i_b * stride_b + i_h * stride_h + o_l.to(tl.int64)[:, None] * stride_l + o_d[None, :]
     b_x = tl.load(p_x, mask=(o_l < L)[:, None], other=0.0).to(tl.float32)
     count = tl.minimum(BLOCK, L - i_block * BLOCK).to(tl.float32)
     tl.store(means + (i_bh * num_blocks + i_block) * D + o_d, tl.sum(b_x, 0) / count)
@@ -219,22 +220,26 @@ def select_kernel(
     inside = o_k < num_k_blocks
     # + 0.0 makes -0.0 and 0.0 the tie that they are.
     b_scores = tl.load(scores + i_row * num_k_blocks + o_k, mask=inside, other=0.0) + 0.0
-    # Unsigned integers in the order of the scores; nothing finite maps to 0, which marks the padding.
+    # Integers in the order of the scores; nothing finite maps to the lowest, which marks the padding.
     b_bits = b_scores.to(tl.int32, bitcast=True)
-    b_keys = (b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
-    b_keys = tl.where(inside, b_keys, 0)
-    # The largest threshold that at least num_selected keys reach, from the highest bit down.
-    threshold = tl.full([], 0, dtype=tl.uint32)
-    bit = tl.full([], 0x80000000, dtype=tl.uint32)
-    for _ in range(32):
-        candidate = threshold | bit
+    b_keys = tl.where(inside, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), -0x80000000)
+    # The largest threshold that at least num_selected keys reach, from the highest bit down, or the first one found
+    # that just num_selected reach: scores that differ part long before the last bit.
+    threshold = tl.full([], -0x80000000, dtype=tl.int32)
+    bit = tl.full([], -0x80000000, dtype=tl.int32)
+    num_reached = num_k_blocks + 0
+    while (bit != 0) & (num_reached != num_selected):
+        candidate = threshold ^ bit
         reached = tl.sum((b_keys >= candidate).to(tl.int32), 0)
         threshold = tl.where(reached >= num_selected, candidate, threshold)
-        bit = bit >> 1
-    above = b_keys > threshold
-    tied = (b_keys == threshold) & inside
-    num_tied = num_selected - tl.sum(above.to(tl.int32), 0)
-    chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= num_tied))
+        num_reached = tl.where(reached >= num_selected, reached, num_reached)
+        bit = (bit >> 1) & 0x7FFFFFFF
+    chosen = (b_keys >= threshold) & inside
+    if num_reached != num_selected:
+        above = b_keys > threshold
+        num_tied = num_selected - tl.sum(above.to(tl.int32), 0)
+        tied = chosen & (b_keys == threshold)
+        chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= num_tied))
     o_out = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(indices + i_row * num_selected + o_out, o_k, mask=chosen)
 
@@ -269,7 +274,7 @@ def select_blocks(
             num_k_blocks,
             num_selected,
             ROW=row,
-            num_warps=max(1, row // 2048),
+            num_warps=max(1, row // 1024),
             enable_fp_fusion=FUSE_FMA,
         )
     return indices

@@ -1,6 +1,6 @@
 """Linear attention over all tokens: the branch of `sla` and `sagesla` that covers what the block map leaves out.
 
-    phi(x) = softmax over the D channels, rounded to the input dtype
+    phi(x) = softmax over the D channels, rounded to the input dtype in the numerator's products
     o_l    = phi(q) (phi(k)^T v) / (1e-5 + phi(q) sum_L phi(k))
 
 Keys are not smoothed here. Source: SLA paper.
@@ -40,9 +40,9 @@ def linear_attention_reference(q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLH
     """The formula above in fp32, a sample at a time."""
     out = []
     for q_LHD, k_LHD, v_LHD in zip(q_BLHD, k_BLHD, v_BLHD, strict=True):
-        phi_q = q_LHD.float().softmax(-1).to(q_LHD.dtype).float().transpose(0, 1)
-        phi_k = k_LHD.float().softmax(-1).to(k_LHD.dtype).float().transpose(0, 1)
-        numerator = phi_q @ (phi_k.transpose(1, 2) @ v_LHD.float().transpose(0, 1))
+        phi_q, phi_k = (x.float().softmax(-1).transpose(0, 1) for x in (q_LHD, k_LHD))
+        rounded_q, rounded_k = phi_q.to(q_LHD.dtype).float(), phi_k.to(k_LHD.dtype).float()
+        numerator = rounded_q @ (rounded_k.transpose(1, 2) @ v_LHD.float().transpose(0, 1))
         denominator = DENOMINATOR_FLOOR + phi_q @ phi_k.sum(1, keepdim=True).transpose(1, 2)
         out.append((numerator / denominator).transpose(0, 1))
     return torch.stack(out)
@@ -65,14 +65,16 @@ def linear_attention_kernel(
     BLOCK: tl.constexpr,
 ):
     i_bh = tl.program_id(1).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     o_l = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     o_d = tl.arange(0, D)
-    inside = (o_l < L)[:, None]
-    b_q = tl.load(q + i_b * stride_qb + i_h * stride_qh + o_l[:, None] * stride_ql + o_d[None, :], inside, other=0.0)
-    b_out = linear_branch(b_q, kv, phi_sum, i_bh, floor, D)
+    inside = o_l < L
+    p_q = q + i_b * stride_qb + i_h * stride_qh + o_l[:, None] * stride_ql + o_d[None, :]
+    b_q = tl.load(p_q, mask=inside[:, None], other=0.0)
+    b_kv = tl.load(kv + i_bh * D * D + o_d[:, None] * D + o_d[None, :])
+    b_out = linear_branch(b_q, inside, b_kv, phi_sum, i_bh, floor, D)
     p_out = out + ((i_b * L + o_l)[:, None] * H + i_h) * D + o_d[None, :]
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=inside)
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=inside[:, None])
 
 
 def _linear_attention_triton(q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,11 @@ def has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether `device` is of compute capability 9."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def has_tile_descriptors(device: torch.device) -> bool:
     """Whether kernels may fetch tiles with the bulk tensor copy engine: compute capability 9.0, triton 3.4 and later.
 

@@ -1,10 +1,10 @@
 """Block-sparse attention with 8-bit products: the sparse branch of `sagesla`.
 
     k~      = k - mean_L(k)                                    softmax does not see the difference
-    q8, k8  = round(x / s), s = amax/127 + 1e-7                int8, one scale a (head, block); halves away from zero
+    q8, k8  = round(x * (1 / s)), s = amax/127 + 1e-7          int8, one scale a (head, block); halves away from zero
     S       = (q8 k8^T)_int32 * s_q s_k / sqrt(D)
     P       = exp(S - running row max)                         kept as P * P_MAX in the 8-bit (or 16-bit) format
-    v8      = v / s_v, s_v = amax_L(|v|) / V_MAX               one scale a (head, channel)
+    v8      = v * (1 / s_v), s_v = amax_L(|v|) / V_MAX               one scale a (head, channel)
     o       = s_v * sum(P v8) / sum(P)                         denominator from the unrounded P
 
 P and v8 are e4m3 where the tensor cores multiply it (compute capability 8.9 and later), fp16 elsewhere. V_MAX is 448,
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -28,9 +28,11 @@ from turbo_kernels.checks import check_attention_inputs
 from turbo_kernels.linear_attention import DENOMINATOR_FLOOR
 from turbo_kernels.providers import (
     FUSE_FMA,
+    INTERPRETED,
     device_of,
     has_fp8,
     has_tile_descriptors,
+    is_hopper,
     resolve_provider,
     tile_descriptors,
 )
@@ -41,6 +43,12 @@ from turbo_kernels.summary import V_AMAX_FLOOR, V_MAX, Summary, linear_branch, s
 #: P reaches 1 and e4m3 448: scaled so, it keeps the most of its bits.
 P_MAX_FP8 = 448.0
 SCALE_FLOOR = 1e-7
+#: 1.5 * 2^23 and its bits. An integer S of less than 2^22 added to the bits makes them those of SHIFT + S.
+SHIFT = tl.constexpr(12582912.0)  # type: ignore[no-untyped-call]
+SHIFT_BITS = tl.constexpr(0x4B400000)  # type: ignore[no-untyped-call]
+MINUS_INFINITY_BITS = tl.constexpr(-0x00800000)  # type: ignore[no-untyped-call]
+#: The interpreter rounds between a product and its sum.
+FUSED = tl.constexpr(not INTERPRETED)  # type: ignore[no-untyped-call]
 
 
 def sage_attention(
@@ -73,7 +81,7 @@ def sage_attention(
 def quantize_blocks_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric int8 of [num_blocks, block, D] with one scale a block; values stay in fp32 for exact products."""
     scale = x.abs().amax(dim=(1, 2), keepdim=True) * (1.0 / 127.0) + SCALE_FLOOR
-    scaled = x / scale
+    scaled = x * (1.0 / scale)
     return torch.trunc(scaled + 0.5 * scaled.sign()), scale
 
 
@@ -105,7 +113,7 @@ def sage_attention_reference(
             q8, q_scale = quantize_blocks_reference(split_blocks(q_BLHD[b, :, h], block_map.block_q))
             k8, k_scale = quantize_blocks_reference(split_blocks(k_LD - k_LD.mean(0), block_map.block_k))
             v_scale = v_LD.abs().amax(0).clamp_min(V_AMAX_FLOOR) * (1.0 / V_MAX)
-            v8 = split_blocks((v_LD / v_scale).to(pv_dtype), block_map.block_k)
+            v8 = split_blocks((v_LD * (1.0 / v_scale)).to(pv_dtype), block_map.block_k)
 
             row_max = torch.full((*q8.shape[:2], 1), float("-inf"), device=device)
             row_sum = torch.zeros_like(row_max)
@@ -113,7 +121,7 @@ def sage_attention_reference(
             for i in range(block_map.num_selected):
                 chosen = indices[:, i]
                 keys = chosen[:, None] * block_map.block_k + offsets
-                scores = (q8 @ k8[chosen].transpose(1, 2)) * (q_scale * k_scale[chosen] * to_log2)
+                scores = (q8 @ k8[chosen].transpose(1, 2)) * (q_scale * to_log2 * k_scale[chosen])
                 scores = scores.masked_fill(keys[:, None] >= L, float("-inf"))
                 new_max = torch.maximum(row_max, scores.amax(-1, keepdim=True))
                 weights = torch.exp2(scores - new_max + log2_p_max)
@@ -145,7 +153,7 @@ class PreparedQueries:
 def quantize_tile(b_x, scale_floor):
     """int8 values (halves away from zero) and scale of one tile."""
     scale = tl.max(tl.max(tl.abs(b_x), 1), 0) * (1.0 / 127.0) + scale_floor
-    b_scaled = tl.div_rn(b_x, tl.broadcast_to(scale, b_x.shape))
+    b_scaled = b_x * tl.div_rn(1.0, scale)
     b_half = tl.where(b_scaled < 0.0, -0.5, 0.5)
     return (b_scaled + b_half).to(tl.int8), scale  # the cast drops the fraction, towards zero
 
@@ -173,7 +181,8 @@ def prepare_queries_kernel(
     o_r = tl.arange(0, BLOCK)
     o_d = tl.arange(0, D)
     o_l = (i_block * BLOCK + o_r).to(tl.int64)
-    p_q = q + (i_bh // H) * stride_b + (i_bh % H) * stride_h + o_l[:, None] * stride_l + o_d[None, :]
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    p_q = q + i_b * stride_b + i_h * stride_h + o_l[:, None] * stride_l + o_d[None, :]
     b_q = tl.load(p_q, mask=(o_l < L)[:, None], other=0.0).to(tl.float32)
     count = tl.minimum(BLOCK, L - i_block * BLOCK).to(tl.float32)
     tl.store(pooled + i_row * D + o_d, tl.sum(b_q, 0) / count)
@@ -207,7 +216,7 @@ def quantize_keys_values_kernel(
 ):
     i_block = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     i_row = i_bh * num_blocks + i_block
     o_r = tl.arange(0, BLOCK)
     o_d = tl.arange(0, D)
@@ -221,29 +230,43 @@ def quantize_keys_values_kernel(
     b_k8, scale = quantize_tile(b_k, scale_floor)
     tl.store(k8 + (i_row * BLOCK + o_r)[:, None] * D + o_d[None, :], b_k8)
     tl.store(k_scale + i_row, scale)
-    b_v8 = (b_v / tl.load(v_scale + i_bh * D + o_d)[None, :]).to(v8.dtype.element_ty)
+    b_v8 = (b_v * tl.div_rn(1.0, tl.load(v_scale + i_bh * D + o_d))[None, :]).to(v8.dtype.element_ty)
     tl.store(v8 + i_row * BLOCK * D + o_d[:, None] * BLOCK + o_r[None, :], tl.trans(b_v8))
 
 
 @triton.jit
 @no_type_check
 def _attend(
-    b_q8, k8, v8, k_scale, i_tile, num_keys, row_max, row_sum, acc, q_scale, log2_p_max,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    b_q8, k8, v8, i_tile, num_keys, row_max, row_sum, acc, scale, log2_p_max,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Take one tile of keys into the running softmax; RAGGED masks all but its first num_keys keys."""
+    """Take one tile of keys, all or the first num_keys of them, into the running softmax."""
     o_k = tl.arange(0, BLOCK_K)
     o_d = tl.arange(0, D)
     if DESCRIPTORS:
         b_k8 = k8.load([i_tile * BLOCK_K, 0])  # [BLOCK_K, D]
     else:
         b_k8 = tl.load(k8 + i_tile.to(tl.int64) * (BLOCK_K * D) + o_k[:, None] * D + o_d[None, :])
-    scale = q_scale * tl.load(k_scale + i_tile)
-    b_s = tl.dot(b_q8, tl.trans(b_k8), out_dtype=tl.int32).to(tl.float32)  # [BLOCK_Q, BLOCK_K]
-    if RAGGED:
-        b_s = tl.where((o_k < num_keys)[None, :], b_s, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(b_s, 1) * scale)
-    b_p = tl.exp2(b_s * scale - (new_max - log2_p_max)[:, None])
+    # The sums start at SHIFT_BITS: read as fp32 they are SHIFT + S, without a conversion.
+    b_bits = tl.full([b_q8.shape[0], BLOCK_K], SHIFT_BITS, dtype=tl.int32)
+    b_bits = tl.dot(b_q8, tl.trans(b_k8), b_bits, out_dtype=tl.int32)  # [BLOCK_Q, BLOCK_K]
+    if num_keys < BLOCK_K:
+        b_bits = tl.where((o_k < num_keys)[None, :], b_bits, MINUS_INFINITY_BITS)
+    b_shifted = b_bits.to(tl.float32, bitcast=True)
+    tile_max = (tl.max(b_bits, 1) - SHIFT_BITS).to(tl.float32)
+    if FUSED:
+        # p = exp2((SHIFT + S) * scale - offset) with one FMA. SHIFT * scale is exact, as scale keeps 22 bits, and the
+        # row maximum, which need only be near the true one, moves to where its sum with that, offset, is exact too.
+        scale = (scale.to(tl.int32, bitcast=True) & -4).to(tl.float32, bitcast=True)
+        shift = SHIFT * scale
+        offset = shift + (tl.maximum(row_max, tile_max * scale) - log2_p_max)
+        new_max = (offset - shift) + log2_p_max
+        b_scale = tl.broadcast_to(scale, b_shifted.shape)
+        b_s = tl.fma(b_shifted, b_scale, tl.broadcast_to(-offset[:, None], b_shifted.shape))
+    else:
+        new_max = tl.maximum(row_max, tile_max * scale)
+        b_s = (b_shifted - SHIFT) * scale - (new_max - log2_p_max)[:, None]
+    b_p = tl.exp2(b_s)
     shrink = tl.exp2(row_max - new_max)
     row_sum = row_sum * shrink + tl.sum(b_p, 1)
     if DESCRIPTORS:
@@ -266,7 +289,7 @@ def sage_attention_kernel(
     v8,  # [BH * num_k_blocks * D, BLOCK_K]: pointer, or descriptor of [D, BLOCK_K] tiles
     v_scale,  # [BH, D]
     indices,  # [BH, num_q_blocks, num_selected]
-    kv,  # [BH, D, D], LINEAR only
+    kv,  # [BH * D, D]: pointer, or descriptor of [D, D] tiles; LINEAR only
     phi_sum,  # [BH, D], LINEAR only
     proj_bias,  # [D], LINEAR only
     out,  # [B, L, H, D] contiguous
@@ -286,6 +309,7 @@ def sage_attention_kernel(
     BLOCK_K: tl.constexpr,
     LINEAR: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    AHEAD: tl.constexpr,  # load each index an iteration before its tiles
 ):
     i_q = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
@@ -299,28 +323,35 @@ def sage_attention_kernel(
     row_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
-    # Ascending indices: only the last one can be the ragged block. Each is loaded an iteration ahead of its tiles.
+    # Ascending indices: only the last one can be the ragged block.
     i_block = tl.load(p_index)
-    for i in range(1, num_selected):
-        i_next = tl.load(p_index + i)
+    for i in range(num_selected):
+        if AHEAD:
+            i_next = tl.load(p_index + tl.minimum(i + 1, num_selected - 1))
+        else:
+            i_block = tl.load(p_index + i)
+        b_scale = b_q_scale * tl.load(k_scale + first_tile + i_block)
         row_max, row_sum, acc = _attend(
-            b_q8, k8, v8, k_scale, first_tile + i_block, BLOCK_K, row_max, row_sum, acc, b_q_scale, log2_p_max,
-            D, BLOCK_K, False, DESCRIPTORS,
+            b_q8, k8, v8, first_tile + i_block, L - i_block * BLOCK_K, row_max, row_sum, acc, b_scale, log2_p_max,
+            D, BLOCK_K, DESCRIPTORS,
         )  # fmt: skip
-        i_block = i_next
-    row_max, row_sum, acc = _attend(
-        b_q8, k8, v8, k_scale, first_tile + i_block, L - i_block * BLOCK_K, row_max, row_sum, acc, b_q_scale,
-        log2_p_max, D, BLOCK_K, True, DESCRIPTORS,
-    )  # fmt: skip
-    acc = acc / row_sum[:, None] * tl.load(v_scale + i_bh * D + o_d)[None, :]
-    i_b, i_h = i_bh // H, i_bh % H
+        if AHEAD:
+            i_block = i_next
+    acc = acc * (1.0 / row_sum)[:, None] * tl.load(v_scale + i_bh * D + o_d)[None, :]
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     o_l = (i_q * BLOCK_Q + o_r).to(tl.int64)
-    inside = (o_l < L)[:, None]
+    inside = o_l < L
     if LINEAR:
         p_q = q + i_b * stride_qb + i_h * stride_qh + o_l[:, None] * stride_ql + o_d[None, :]
-        b_q = tl.load(p_q, mask=inside, other=0.0)
-        acc += linear_branch(b_q, kv, phi_sum, i_bh, floor, D) + tl.load(proj_bias + o_d).to(tl.float32)[None, :]
-    tl.store(out + ((i_b * L + o_l)[:, None] * H + i_h) * D + o_d[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        b_q = tl.load(p_q, mask=inside[:, None], other=0.0)
+        if DESCRIPTORS:
+            b_kv = kv.load([(i_bh * D).to(tl.int32), 0])
+        else:
+            b_kv = tl.load(kv + i_bh * D * D + o_d[:, None] * D + o_d[None, :])
+        b_linear = linear_branch(b_q, inside, b_kv, phi_sum, i_bh, floor, D)
+        acc += b_linear + tl.load(proj_bias + o_d).to(tl.float32)[None, :]
+    p_out = out + ((i_b * L + o_l)[:, None] * H + i_h) * D + o_d[None, :]
+    tl.store(p_out, acc.to(out.dtype.element_ty), mask=inside[:, None])
 
 
 def prepare_queries(q_BLHD: torch.Tensor, block_q: int) -> PreparedQueries:
@@ -360,7 +391,9 @@ def sage_attention_triton(
     v_dtype = torch.float8_e4m3fn if fp8 else torch.float16
     v8 = torch.empty(B * H, num_k_blocks, D, block_k, dtype=v_dtype, device=device)
     out = torch.empty(B, L, H, D, dtype=q_BLHD.dtype, device=device)
-    linear = (out, out, out) if proj_bias_D is None else (summary.kv, summary.phi_sum, proj_bias_D)
+    linear: tuple[Any, ...] = (out, out, out)
+    if proj_bias_D is not None and summary.kv is not None:
+        linear = (tile_descriptors(summary.kv) if descriptors else summary.kv, summary.phi_sum, proj_bias_D)
     with device_of(q_BLHD):
         quantize_keys_values_kernel[(num_k_blocks, B * H)](
             k_BLHD, v_BLHD, summary.k_mean, summary.v_scale, k8, k_scale, v8, L, num_k_blocks, SCALE_FLOOR,
@@ -373,6 +406,7 @@ def sage_attention_triton(
             *linear, out, L, num_q_blocks, num_k_blocks, block_map.num_selected, DENOMINATOR_FLOOR / L,
             D**-0.5 * math.log2(math.e), math.log2(P_MAX_FP8) if fp8 else 0.0, *q_BLHD.stride()[:3], H,
             D=D, BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=proj_bias_D is not None, DESCRIPTORS=descriptors,
-            num_warps=4, num_stages=2 if descriptors or block_q == 128 else 3, enable_fp_fusion=FUSE_FMA,
+            AHEAD=is_hopper(device),  # triton 3.9 cannot pipeline a carried index for Blackwell
+            num_warps=4 if block_q == 64 else 8, num_stages=3 if block_q == 64 else 2, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return out

@@ -18,7 +18,7 @@ import triton.language as tl
 from turbo_kernels.block_map import BlockMap, check_block_map, num_blocks
 from turbo_kernels.checks import check_attention_inputs
 from turbo_kernels.linear_attention import DENOMINATOR_FLOOR
-from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
+from turbo_kernels.providers import FUSE_FMA, device_of, is_hopper, resolve_provider
 from turbo_kernels.summary import Summary, linear_branch
 
 
@@ -129,16 +129,16 @@ def sparse_attention_kernel(
 ):
     i_q = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     o_q = (i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K).to(tl.int64)
     o_d = tl.arange(0, D)
-    inside = (o_q < L)[:, None]
+    inside = o_q < L
     p_q = q + i_b * stride_qb + i_h * stride_qh + o_q[:, None] * stride_ql + o_d[None, :]
     p_k = k + i_b * stride_kb + i_h * stride_kh + o_k[:, None] * stride_kl + o_d[None, :]
     p_v = v + i_b * stride_vb + i_h * stride_vh + o_k[:, None] * stride_vl + o_d[None, :]
     p_index = indices + (i_bh * num_q_blocks + i_q) * num_selected
-    b_q = tl.load(p_q, mask=inside, other=0.0)
+    b_q = tl.load(p_q, mask=inside[:, None], other=0.0)
     row_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
@@ -152,11 +152,13 @@ def sparse_attention_kernel(
         b_q, p_k, p_v, tl.load(p_index + num_selected - 1), stride_kl, stride_vl, L, row_max, row_sum, acc, scale,
         BLOCK_K, True,
     )  # fmt: skip
-    acc = acc / row_sum[:, None]
+    acc = acc * (1.0 / row_sum)[:, None]
     if LINEAR:
-        acc += linear_branch(b_q, kv, phi_sum, i_bh, floor, D) + tl.load(proj_bias + o_d).to(tl.float32)[None, :]
+        b_kv = tl.load(kv + i_bh * D * D + o_d[:, None] * D + o_d[None, :])
+        b_linear = linear_branch(b_q, inside, b_kv, phi_sum, i_bh, floor, D)
+        acc += b_linear + tl.load(proj_bias + o_d).to(tl.float32)[None, :]
     p_out = out + ((i_b * L + o_q)[:, None] * H + i_h) * D + o_d[None, :]
-    tl.store(p_out, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(p_out, acc.to(out.dtype.element_ty), mask=inside[:, None])
 
 
 def sparse_attention_triton(
@@ -173,11 +175,13 @@ def sparse_attention_triton(
     num_q_blocks = num_blocks(L, block_map.block_q)
     linear = (out, out, out) if summary is None else (summary.kv, summary.phi_sum, proj_bias_D)
     with device_of(q_BLHD):
+        # Two programs of 8 warps a multiprocessor beat one that spills nothing.
         sparse_attention_kernel[(num_q_blocks, B * H)](
             q_BLHD, k_BLHD, v_BLHD, block_map.indices, *linear, out,
             L, num_q_blocks, block_map.num_selected, DENOMINATOR_FLOOR / L, D**-0.5 * math.log2(math.e),
             *q_BLHD.stride()[:3], *k_BLHD.stride()[:3], *v_BLHD.stride()[:3], H,
             D=D, BLOCK_Q=block_map.block_q, BLOCK_K=block_map.block_k, LINEAR=summary is not None,
-            num_warps=4, num_stages=2, enable_fp_fusion=FUSE_FMA,
+            num_warps=8 if block_map.block_q == 128 else 4, num_stages=2, enable_fp_fusion=FUSE_FMA,
+            maxnreg=128 if is_hopper(q_BLHD.device) and block_map.block_q == 128 else None,
         )  # fmt: skip
     return out

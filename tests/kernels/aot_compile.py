@@ -45,6 +45,8 @@ def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
     sage_module = sys.modules["turbo_kernels.sage_attention"]  # the package's attribute of that name is the function
     sage_module.has_fp8 = lambda device: fp8
     sage_module.has_tile_descriptors = lambda device: descriptors
+    for module in (sage_module, sys.modules["turbo_kernels.sparse_attention"]):
+        module.is_hopper = lambda device: capability == 90
 
     dtype, head_dim = torch.bfloat16, 128
     q, k, v = (torch.zeros(1, 256, 2, head_dim, dtype=dtype) for _ in range(3))
@@ -105,7 +107,9 @@ def compile_all(capability: int) -> dict[str, list[dict[str, Any]]]:
             continue
         seen.add(key)
         options = {
-            name: value for name, value in options.items() if name in ("num_warps", "num_stages", "enable_fp_fusion")
+            name: value
+            for name, value in options.items()
+            if name in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
         }
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         instructions = re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
