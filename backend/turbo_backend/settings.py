@@ -56,7 +56,10 @@ class Settings(BaseModel):
     attention_provider: Provider = Field(
         "auto", description="Which kernels run: `reference` (PyTorch), `triton`, `spargeattn`, or `auto` by device."
     )
-    quant_linear: bool = Field(False, description="Run the denoiser's block linears in 8 bits: e4m3 on GPUs that multiply it, else int8 (W8A8).")
+    quant_linear: bool = Field(
+        False,
+        description="Run the denoiser's block linears in 8 bits: e4m3 on GPUs that multiply it, else int8 (W8A8).",
+    )
     device_name: str = Field("auto", alias="device", description="`cpu`, `cuda`, `cuda:N`, or `auto`.")
     dtype_name: DtypeName = Field(
         "auto",
