@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -10,27 +11,56 @@ import torch
 from turbo_backend.config import DiTConfig, VAEConfig
 from turbo_backend.errors import ResourceExhausted, TurboError
 from turbo_backend.parameters import GenerationParameters
+from turbo_kernels import attention_geometry
 
 _log = logging.getLogger(__name__)
 
+#: In messages of RuntimeError.
+_OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "could not create a memory object")
+#: What the reference provider takes however short the video is: buffers of the matrix library.
+_REFERENCE_FIXED_BYTES = 16 << 20
 
-def denoiser_bytes(config: DiTConfig, parameters: GenerationParameters, dtype: torch.dtype) -> int:
+
+def denoiser_bytes(
+    config: DiTConfig, parameters: GenerationParameters, dtype: torch.dtype, *, provider: str, device: torch.device
+) -> int:
     """Workspace of one denoising step, in bytes (weights not counted).
 
-    A block's live tensors at its widest point: the residual stream, its norm, q, k, v and the attention output of
-    `[L, D]`, or the two FFN activations of `[L, ffn_dim]`; then the state in float64 and the noise in float32.
+    With kernels, a block's live tensors at its widest point: the residual stream, its norm, q, k, v and the attention
+    output of `[L, D]`, or the two FFN activations of `[L, ffn_dim]`. The `reference` provider computes in fp32 whatever
+    the dtype, and keeps each step of its formulas: 19 (`original`) to 28 (`sagesla`) times `[L, D]` were measured, 32
+    are counted. Its `sla` also holds, for one head, the scores of all queries four times and the selected keys and
+    values of every query block. Then the state in float64 and the noise in float32.
     """
     tokens = parameters.num_tokens
-    widest = max(10 * config.dim, 3 * config.dim + 2 * config.ffn_dim)
     t, h, w = parameters.latent_shape
-    return tokens * widest * dtype.itemsize + 5 * config.out_channels * t * h * w * 8
+    state = 5 * config.out_channels * t * h * w * 8
+    if provider != "reference":
+        return tokens * max(10 * config.dim, 3 * config.dim + 2 * config.ffn_dim) * dtype.itemsize + state
+    widest = max(32 * config.dim, 8 * config.dim + 3 * config.ffn_dim)
+    workspace = tokens * widest * 4 + _REFERENCE_FIXED_BYTES
+    if parameters.attention_type == "sla":
+        block_q, block_k = attention_geometry("sla", device)
+        keys = block_k * max(1, math.ceil(parameters.sla_topk * math.ceil(tokens / block_k)))
+        workspace += 4 * keys * (4 * tokens + 2 * config.head_dim * math.ceil(tokens / block_q))
+    return workspace + state
 
 
-def decoder_bytes(config: VAEConfig, parameters: GenerationParameters, dtype: torch.dtype) -> int:
-    """Workspace of decoding one video chunk by chunk, in bytes: convolution caches, the widest chunk, the frames."""
+def decoder_bytes(
+    config: VAEConfig, parameters: GenerationParameters, dtype: torch.dtype, *, device: torch.device
+) -> int:
+    """Workspace of decoding one video chunk by chunk, in bytes: convolution caches, the widest chunk, the frames.
+
+    On the CPU, oneDNN keeps reordered fp32 copies of what it convolves, whatever the dtype, and frames that pass
+    between large buffers keep the allocator from giving memory back: 20 chunks instead of 14, and each frame's bytes
+    six times, are above all that was measured (16 to 19 chunks, 2 to 6 times).
+    """
     pixels = parameters.width * parameters.height
-    chunk = 4 * pixels * config.base_dim * dtype.itemsize
-    return 14 * chunk + parameters.num_frames * pixels * 3
+    frames = parameters.num_frames * pixels * 3
+    chunk = 4 * pixels * config.base_dim
+    if device.type == "cpu":
+        return 20 * chunk * 4 + 6 * frames
+    return 14 * chunk * dtype.itemsize + frames
 
 
 def free_bytes(device: torch.device) -> int:
@@ -57,15 +87,21 @@ def check_fits(needed: int, device: torch.device, what: str) -> None:
 
 def as_turbo_error(error: Exception, stage: str) -> TurboError:
     """The error a caller is told: ours as they are, out of memory by name, anything else INTERNAL and logged."""
-    if isinstance(error, TurboError):
+    if isinstance(error, ResourceExhausted):
         return error
-    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-    if out_of_memory:
+    if _is_out_of_memory(error) or (isinstance(error, TurboError) and _is_out_of_memory(error.__cause__)):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         _log.warning("%s ran out of memory: %s", stage, error)
         return ResourceExhausted(f"{stage} ran out of memory; ask for fewer frames or a lower resolution")
+    if isinstance(error, TurboError):
+        return error
     _log.error("%s failed", stage, exc_info=error)
     return TurboError(f"{stage} failed: {type(error).__name__}: {error}")
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out: as Python, CUDA, PyTorch's allocator or oneDNN put it."""
+    if isinstance(error, RuntimeError):
+        return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)

@@ -144,8 +144,10 @@ class DenoiserStage:
         if not torch.isfinite(embeddings[: request.text_length]).all():
             raise InvalidArgument("TEXT_EMBEDDINGS", "NaN or infinity", "finite")
         size = f"{parameters.width}x{parameters.height}, {parameters.num_frames} frames"
-        check_fits(denoiser_bytes(dit, parameters, self._dtype), self._device, f"denoising {size}")
-        check_fits(decoder_bytes(self._model.vae, parameters, self._dtype), self._device, f"decoding {size}")
+        device, dtype = self._device, self._dtype
+        denoising = denoiser_bytes(dit, parameters, dtype, provider=self._provider, device=device)
+        check_fits(denoising, device, f"denoising {size}")
+        check_fits(decoder_bytes(self._model.vae, parameters, dtype, device=device), device, f"decoding {size}")
         return _Admitted(index=index, request=request, parameters=parameters)
 
     def _run_group(self, members: Sequence[_Admitted]) -> Iterator[tuple[int, DenoisedStep | TurboError]]:

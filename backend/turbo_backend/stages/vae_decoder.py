@@ -107,8 +107,8 @@ class VAEDecoderStage:
         for index, sink in zip(indices, sinks, strict=True):
             try:
                 video = sink.finish(num_chunks, milliseconds, len(requests))
-            except TurboError as error:
-                yield index, error
+            except Exception as error:
+                yield index, as_turbo_error(error, "video encoder")
             else:
                 yield index, video
 
