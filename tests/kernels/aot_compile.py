@@ -3,8 +3,7 @@
 In bf16 at head dimension 128, and the block geometry that the architecture is served with. The ops are called on
 small CPU tensors with launching replaced by recording, so that what is compiled is exactly what the launchers ask
 for (constants, warps, stages). Prints one JSON line an architecture:
-{"capability": 90, "defined": [name], "kernels": {name: [{"shared": bytes, "tensor_core": "wgmma", ...}]}}, where
-`defined` are the kernels in the modules that `import turbo_kernels` loads.
+{"capability": 90, "kernels": {name: [{"shared": bytes, "tensor_core": "wgmma", ...}]}}.
 """
 
 from __future__ import annotations
@@ -124,20 +123,6 @@ def compile_all(capability: int) -> dict[str, list[dict[str, Any]]]:
     return report
 
 
-def defined_kernels() -> list[str]:
-    """Names of the kernels in every loaded module of the package; helpers that kernels call do not end in _kernel."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("turbo_kernels.")]
-    return sorted(
-        {
-            value.__name__
-            for module in modules
-            for value in vars(module).values()
-            if isinstance(value, JITFunction) and value.__name__.endswith("_kernel")
-        }
-    )
-
-
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        report = {"capability": int(argument), "defined": defined_kernels(), "kernels": compile_all(int(argument))}
-        print(json.dumps(report), flush=True)
+        print(json.dumps({"capability": int(argument), "kernels": compile_all(int(argument))}), flush=True)
