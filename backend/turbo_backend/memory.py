@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from turbo_kernels import attention_geometry
 
 _log = logging.getLogger(__name__)
 
-#: In messages of RuntimeError.
-_OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "could not create a memory object")
+#: In messages of RuntimeError. The last two are oneDNN's; a convolution that it cannot do at all fails to give a
+#: "primitive descriptor" instead.
+_OUT_OF_MEMORY = re.compile("can't allocate memory|bad_alloc|could not create a (memory object|primitive)$")
 #: What the reference provider takes however short the video is: buffers of the matrix library.
 _REFERENCE_FIXED_BYTES = 16 << 20
 
@@ -103,5 +105,5 @@ def as_turbo_error(error: Exception, stage: str) -> TurboError:
 def _is_out_of_memory(error: BaseException | None) -> bool:
     """Whether memory ran out: as Python, CUDA, PyTorch's allocator or oneDNN put it."""
     if isinstance(error, RuntimeError):
-        return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+        return isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
     return isinstance(error, MemoryError)
