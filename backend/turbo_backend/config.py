@@ -116,9 +116,7 @@ class ModelConfig:
 
 
 _TINY_DIT = DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=6, text_dim=256)
-_TINY_TEXT_ENCODER = TextEncoderConfig(
-    vocab_size=512, dim=256, dim_attn=256, dim_ffn=512, num_heads=4, num_layers=4
-)
+_TINY_TEXT_ENCODER = TextEncoderConfig(vocab_size=512, dim=256, dim_attn=256, dim_ffn=512, num_heads=4, num_layers=4)
 _TINY_VAE = VAEConfig(base_dim=16)
 
 MODELS: dict[str, ModelConfig] = {

@@ -30,12 +30,12 @@ This folder may be deleted at any time; it is made again when needed.
 """
 
 
-def tiny_checkpoint_folder(model: ModelConfig = MODELS["tiny"]) -> Path:  # noqa: B008 - frozen
+def tiny_checkpoint_folder(model: ModelConfig = MODELS["tiny"]) -> Path:
     """Folder with an embedded model's denoisers, `tiny-umt5`, `tiny-VAE` (safetensors) and `tokenizer/`.
 
-    Weights shipped inside the package (`turbo_backend/tiny/`, by the model's name) are used where there are any. Otherwise the folder is
-    made in the user's cache (`$XDG_CACHE_HOME`, else `~/.cache`), under a name that depends on the configuration.
-    It appears whole or not at all, however many processes make it at once.
+    Weights shipped inside the package (`turbo_backend/tiny/`, by the model's name) are used where there are any.
+    Otherwise the folder is made in the user's cache (`$XDG_CACHE_HOME`, else `~/.cache`), under a name that depends on
+    the configuration. It appears whole or not at all, however many processes make it at once.
 
     Raises:
         CheckpointError: the cache folder cannot be written.

@@ -147,8 +147,7 @@ class DenoiserStage:
         for members in groups.values():
             fitting = self._max_batch_tokens // members[0].parameters.num_tokens
             at_once = min(max(1, fitting), self._max_batch_size)
-            for first in range(0, len(members), at_once):
-                runs.append(self._run_group(members[first : first + at_once]))
+            runs += [self._run_group(members[first : first + at_once]) for first in range(0, len(members), at_once)]
         while runs:  # one pass for each expert, or a single one where changing them is free
             waiting = []
             for run in runs:

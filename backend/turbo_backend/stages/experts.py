@@ -65,7 +65,7 @@ class SwappedExperts:
 
     def __init__(self, hosts: Sequence[WanDiT], net: WanDiT, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._hosts = [_lock_pages(host) if self._stream else host.state_dict() for host in hosts]
         # A copy in any case: the CPU as device would share the first host's tensors, which are then written over.
         net.load_state_dict({name: host.to(device, copy=True) for name, host in self._hosts[0].items()}, assign=True)

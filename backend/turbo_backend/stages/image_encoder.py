@@ -12,7 +12,7 @@ import torch
 
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import InvalidArgument, TurboError
-from turbo_backend.image import crop_box, decode_image, read_header, resize_image, to_unit_range
+from turbo_backend.image import ImageHeader, crop_box, decode_image, read_header, resize_image, to_unit_range
 from turbo_backend.memory import as_turbo_error
 from turbo_backend.nets.vae import WanVAE
 from turbo_backend.parameters import GenerationParameters, make_parameters
@@ -81,7 +81,8 @@ class ImageEncoderStage:
         self._model = model
         self._cache_entries = cache_entries
         self._fingerprint = fingerprint
-        self._cache: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, int, int, int, str], torch.Tensor] = OrderedDict()
+        self._headers: dict[str, ImageHeader] = {}
         self.num_hits = 0
         self.num_misses = 0
 
@@ -100,22 +101,26 @@ class ImageEncoderStage:
         if self._vae is None:
             fits = f"left out: this server runs {self._model.name}, which makes videos from text alone"
             raise InvalidArgument("IMAGE", f"{len(request.content)} bytes", fits)
-        header = read_header(request.content)
+        digest = hashlib.sha256(request.content).hexdigest()
+        # Pillow decodes a whole PNG to look for its orientation: known images are not asked again.
+        header = self._headers.get(digest) or read_header(request.content)
         size = (header.width, header.height)
         parameters = make_parameters(self._model, request.values, seed=1, image_size=size)
-        digest = hashlib.sha256(request.content).hexdigest()
         key = (digest, parameters.width, parameters.height, parameters.num_frames, parameters.fit)
         latents = self._cache.get(key)
         hit = latents is not None
         if latents is None:
-            self.num_misses += 1
             latents = self._run(self._vae, request.content, parameters)
+            self.num_misses += 1
         else:
             self.num_hits += 1
         self._cache[key] = latents
         self._cache.move_to_end(key)
+        self._headers[digest] = header
         while len(self._cache) > self._cache_entries:
-            self._cache.popitem(last=False)
+            (oldest, *_), _ = self._cache.popitem(last=False)
+            if not any(digest == oldest for digest, *_ in self._cache):
+                del self._headers[oldest]
         facts: dict[str, object] = {
             "sha256": digest,
             "format": header.format,

@@ -119,9 +119,7 @@ def load_denoiser(settings: Settings) -> DenoiserStage:
     return stage
 
 
-def _load_experts(
-    layout: DenoiserLayout, paths: Sequence[Path | None], settings: Settings
-) -> tuple[Experts, str]:
+def _load_experts(layout: DenoiserLayout, paths: Sequence[Path | None], settings: Settings) -> tuple[Experts, str]:
     """The denoiser networks where they will run from, and the fingerprints of their weights."""
     placement = settings.expert_placement
     if len(paths) == 1:
@@ -129,9 +127,7 @@ def _load_experts(
     elif placement == "auto":
         placement = choose_placement(settings)
     at = settings.device if placement == "resident" else torch.device("cpu")
-    loaded = [
-        _load(layout, path, settings, device=at, seed=_RANDOM_SEED + expert) for expert, path in enumerate(paths)
-    ]
+    loaded = [_load(layout, path, settings, device=at, seed=_RANDOM_SEED + expert) for expert, path in enumerate(paths)]
     nets = [net for net, _ in loaded]
     fingerprint = " ".join(fingerprint for _, fingerprint in loaded)
     if placement == "resident":
@@ -197,9 +193,7 @@ def _load(
     if path is None:
         net = layout.build()
         on_device = device if device.type == "cuda" else None
-        initialize_random(
-            net, seed, device=device, dtype=dtype, keep_fp32=layout.keep_fp32, generator_device=on_device
-        )
+        initialize_random(net, seed, device=device, dtype=dtype, keep_fp32=layout.keep_fp32, generator_device=on_device)
         fingerprint = f"random, seed {seed}"
     else:
         checkpoint = open_checkpoint(path)
