@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 
@@ -54,31 +54,32 @@ class SwappedExperts:
     the head leave over is waited for. Without CUDA the copies are made in place of being queued.
 
     Args:
-        hosts: one network for each expert on the CPU, with equal shapes and dtypes. Their tensors are replaced by
-            page-locked ones, one at a time, where the device is a GPU.
-        net: the same architecture on `meta`, which becomes the network on the device.
+        load: for each expert, what loads it on the device, ready to run. They are called one after another and each
+            network is copied to the host; the last one stays and is the one that runs.
         device: where it runs.
     """
 
     placement = "swapped"
     switch_is_free = False
 
-    def __init__(self, hosts: Sequence[WanDiT], net: WanDiT, device: torch.device) -> None:
+    def __init__(self, load: Sequence[Callable[[], WanDiT]], device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._hosts = [_lock_pages(host) if self._stream else host.state_dict() for host in hosts]
-        # A copy in any case: the CPU as device would share the first host's tensors, which are then written over.
-        net.load_state_dict({name: host.to(device, copy=True) for name, host in self._hosts[0].items()}, assign=True)
-        self._net = net.eval().requires_grad_(False)
-        self._tensors = net.state_dict()
-        self._loaded: int | None = 0
+        self._net: WanDiT | None = None
+        self._hosts: list[dict[str, torch.Tensor]] = []
+        for load_expert in load:
+            self._net = None  # frees the one before
+            self._net = load_expert()
+            self._hosts.append({name: _to_host(tensor) for name, tensor in _named_tensors(self._net)})
+        assert self._net is not None
+        self._tensors = dict(_named_tensors(self._net))
+        self._loaded: int | None = len(load) - 1
         self._incoming: int | None = None
         self._groups: dict[str, list[str]] = defaultdict(list)
         for name in self._tensors:
             self._groups[_group(name)].append(name)
-        for number, block in enumerate(net.blocks):
-            block.register_forward_hook(self._replace_after(f"blocks.{number}"))
-        net.register_forward_hook(self._replace_after(""))
+        self._net.after_block = lambda number: self._replace_incoming(f"blocks.{number}")
+        self._net.register_forward_hook(lambda *_: self._finish_switch())
 
     def select(self, expert: int) -> WanDiT:
         self._incoming = None
@@ -89,6 +90,7 @@ class SwappedExperts:
             self._loaded = expert
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        assert self._net is not None
         return self._net
 
     def switch_during_next_run(self, expert: int) -> None:
@@ -96,14 +98,14 @@ class SwappedExperts:
             self._incoming = expert
             self._loaded = None  # until the run is through: one that fails leaves a mixture
 
-    def _replace_after(self, group: str) -> Any:
-        def hook(*_: object) -> None:
-            if self._incoming is not None:
-                self._replace(group, self._incoming)
-                if not group:  # the network itself, whose hook comes last
-                    self._loaded, self._incoming = self._incoming, None
+    def _replace_incoming(self, group: str) -> None:
+        if self._incoming is not None:
+            self._replace(group, self._incoming)
 
-        return hook
+    def _finish_switch(self) -> None:
+        if self._incoming is not None:
+            self._replace("", self._incoming)
+            self._loaded, self._incoming = self._incoming, None
 
     def _replace(self, group: str, expert: int) -> None:
         host = self._hosts[expert]
@@ -123,12 +125,13 @@ def _group(name: str) -> str:
     return ".".join(parts[:2]) if parts[0] == "blocks" else ""
 
 
-def _lock_pages(host: WanDiT) -> dict[str, torch.Tensor]:
-    locked = {}
-    for name in list(host.state_dict()):
-        module_name, _, own_name = name.rpartition(".")
-        module = host.get_submodule(module_name)
-        tensor = getattr(module, own_name)
-        locked[name] = tensor.detach().pin_memory()
-        tensor.data = torch.empty(0, dtype=tensor.dtype)  # gives the pageable memory back
-    return locked
+def _named_tensors(net: WanDiT) -> Iterator[tuple[str, torch.Tensor]]:
+    """All that distinguishes one expert from another, what no checkpoint holds included."""
+    yield from net.named_parameters()
+    yield from net.named_buffers()
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory, page-locked where a GPU is to read it."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor.detach())

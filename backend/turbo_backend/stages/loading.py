@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -25,6 +26,7 @@ from turbo_backend.checkpoints import (
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import Misconfigured, TurboError
 from turbo_backend.memory import choose_placement
+from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.parameters import RESOLUTIONS, Delivery, make_parameters
 from turbo_backend.settings import Settings
@@ -126,13 +128,20 @@ def _load_experts(layout: DenoiserLayout, paths: Sequence[Path | None], settings
         placement = "resident"
     elif placement == "auto":
         placement = choose_placement(settings)
-    at = settings.device if placement == "resident" else torch.device("cpu")
-    loaded = [_load(layout, path, settings, device=at, seed=_RANDOM_SEED + expert) for expert, path in enumerate(paths)]
-    nets = [net for net, _ in loaded]
-    fingerprint = " ".join(fingerprint for _, fingerprint in loaded)
+    fingerprints: list[str] = []
+
+    def load(expert: int) -> WanDiT:
+        net, fingerprint = _load(layout, paths[expert], settings, seed=_RANDOM_SEED + expert)
+        net.prepare_for_inference()
+        fingerprints.append(fingerprint)
+        return net
+
+    experts: Experts
     if placement == "resident":
-        return ResidentExperts(nets), fingerprint
-    return SwappedExperts(nets, layout.build(), settings.device), fingerprint
+        experts = ResidentExperts([load(expert) for expert in range(len(paths))])
+    else:
+        experts = SwappedExperts([partial(load, expert) for expert in range(len(paths))], settings.device)
+    return experts, " ".join(fingerprints)
 
 
 def load_vae_decoder(settings: Settings) -> VAEDecoderStage:
@@ -183,13 +192,12 @@ def _load(
     path: Path | None,
     settings: Settings,
     *,
-    device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     seed: int = _RANDOM_SEED,
 ) -> tuple[_Net, str]:
-    """The network and the fingerprint of its weights; device and dtype are those of the settings unless given."""
+    """The network and the fingerprint of its weights; the dtype is that of the settings unless given."""
     started = time.perf_counter()
-    device, dtype = device or settings.device, dtype or settings.dtype
+    device, dtype = settings.device, dtype or settings.dtype
     if path is None:
         net = layout.build()
         on_device = device if device.type == "cuda" else None
