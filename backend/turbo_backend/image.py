@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from turbo_backend.errors import InvalidArgument
 from turbo_backend.parameters import FITS
@@ -119,7 +119,7 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
                 yield image
     except Image.DecompressionBombError:
         raise InvalidArgument("IMAGE", "more pixels", f"at most {MAX_IMAGE_PIXELS} pixels in all") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise InvalidArgument("IMAGE", f"{len(content)} bytes of another kind", _READABLE) from None
     except (InvalidArgument, MemoryError):
         raise

@@ -1,21 +1,17 @@
-"""Memory: what a request will need, refused before the run where it cannot fit, and out-of-memory errors told apart."""
+"""Memory: what a request will need beside weights, what is free, and out-of-memory errors told apart."""
 
 from __future__ import annotations
 
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from turbo_backend.config import DiTConfig, VAEConfig
+from turbo_backend.config import DiTConfig, TextEncoderConfig, VAEConfig
 from turbo_backend.errors import ResourceExhausted, TurboError
 from turbo_backend.parameters import GenerationParameters
 from turbo_kernels import attention_geometry
-
-if TYPE_CHECKING:
-    from turbo_backend.settings import Settings
 
 _log = logging.getLogger(__name__)
 
@@ -67,9 +63,20 @@ def decoder_bytes(
     return 14 * chunk * dtype.itemsize + frames
 
 
-def choose_placement(settings: Settings) -> Literal["resident", "swapped"]:
-    """Where a model's experts go: all on the device where their weights and a default request's work fit there."""
-    return "resident"
+def encoder_bytes(config: VAEConfig, parameters: GenerationParameters, *, device: torch.device) -> int:
+    """Workspace of encoding one image's video in float32, in bytes: the video, convolution caches, the widest chunk.
+
+    An estimate from shapes: half of what decoding holds, whose upper stages are wider.
+    """
+    pixels = parameters.width * parameters.height
+    chunk = 4 * pixels * config.base_dim * 4
+    return (20 if device.type == "cpu" else 8) * chunk + parameters.num_frames * pixels * 3 * 4
+
+
+def text_encoder_bytes(config: TextEncoderConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    """Workspace of encoding one prompt, in bytes: attention scores in float32, and a block's activations."""
+    scores = 3 * config.num_heads * num_tokens * num_tokens * 4
+    return scores + num_tokens * (4 * config.dim_ffn + 8 * config.dim) * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:
@@ -81,17 +88,6 @@ def free_bytes(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise TurboError("/proc/meminfo has no MemAvailable line")
-
-
-def check_fits(needed: int, device: torch.device, what: str) -> None:
-    """Refuses work that the device's free memory cannot hold.
-
-    Raises:
-        ResourceExhausted: with both figures.
-    """
-    free = free_bytes(device)
-    if needed > free:
-        raise ResourceExhausted(f"{what} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on {device}")
 
 
 def as_turbo_error(error: Exception, stage: str) -> TurboError:

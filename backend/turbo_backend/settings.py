@@ -67,6 +67,10 @@ class Settings(BaseModel):
         alias="dtype",
         description="`float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on a GPU, float32 on a CPU.",
     )
+    text_encoder_device: Literal["auto", "cpu"] = Field(
+        "auto",
+        description="`cpu` keeps the text encoder (11 GB for the Wan models) off a small GPU; `auto`: as the rest.",
+    )
     num_threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of each model process; 0 takes the processors it may use."
     )

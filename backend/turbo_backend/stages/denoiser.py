@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import InvalidArgument, TurboError
 from turbo_backend.manifest import device_name, merge_reports, versions
-from turbo_backend.memory import as_turbo_error, check_fits, decoder_bytes, denoiser_bytes
+from turbo_backend.memory import as_turbo_error, decoder_bytes, denoiser_bytes, free_bytes
 from turbo_backend.nets.attention import AttentionSettings, TextContext
 from turbo_backend.noise import draw_noise
 from turbo_backend.parameters import MAX_SEED, GenerationParameters, make_parameters
+from turbo_backend.planner import check_request
 from turbo_backend.sampler import RCMSchedule, sample_steps
 from turbo_backend.stages.experts import Experts
 from turbo_kernels import attention_geometry
@@ -178,15 +179,24 @@ class DenoiserStage:
             raise InvalidArgument("TEXT_LENGTH", request.text_length, f"1 to {embeddings.shape[0]}")
         if not torch.isfinite(embeddings[: request.text_length]).all():
             raise InvalidArgument("TEXT_EMBEDDINGS", "NaN or infinity", "finite")
-        size = f"{parameters.width}x{parameters.height}, {parameters.num_frames} frames"
-        device, dtype = self._device, self._dtype
-        denoising = denoiser_bytes(dit, parameters, dtype, provider=self._provider, device=device)
-        check_fits(denoising, device, f"denoising {size}")
-        check_fits(decoder_bytes(self._model.vae, parameters, dtype, device=device), device, f"decoding {size}")
+        self._check_memory(parameters)
         schedule = RCMSchedule(parameters.num_steps, parameters.sigma_max)
         boundary = parameters.boundary if self._model.num_experts > 1 else 0.0
         experts = tuple(schedule.expert(step, boundary) for step in range(parameters.num_steps))
         return _Admitted(index=index, request=request, parameters=parameters, experts=experts)
+
+    def _check_memory(self, parameters: GenerationParameters) -> None:
+        model, device, dtype = self._model, self._device, self._dtype
+        free = free_bytes(device)
+
+        def denoising(candidate: GenerationParameters) -> int:
+            return denoiser_bytes(model.dit, candidate, dtype, provider=self._provider, device=device)
+
+        def decoding(candidate: GenerationParameters) -> int:
+            return decoder_bytes(model.vae, candidate, dtype, device=device)
+
+        check_request(model, parameters, denoising, free=free, what="denoising")
+        check_request(model, parameters, decoding, free=free, what="decoding")
 
     def _check_image(self, image_latents: torch.Tensor | None, parameters: GenerationParameters) -> None:
         model = self._model

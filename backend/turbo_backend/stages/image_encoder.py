@@ -13,9 +13,10 @@ import torch
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import InvalidArgument, TurboError
 from turbo_backend.image import ImageHeader, crop_box, decode_image, read_header, resize_image, to_unit_range
-from turbo_backend.memory import as_turbo_error
+from turbo_backend.memory import as_turbo_error, encoder_bytes, free_bytes
 from turbo_backend.nets.vae import WanVAE
 from turbo_backend.parameters import GenerationParameters, make_parameters
+from turbo_backend.planner import check_request
 
 #: An image whose aspect ratio is changed by more than this is said to be distorted.
 _DISTORTION = 0.03
@@ -143,9 +144,17 @@ class ImageEncoderStage:
     @torch.inference_mode()
     def _run(self, vae: WanVAE, content: bytes, parameters: GenerationParameters) -> torch.Tensor:
         """float32 `[20, T, h, w]` on the CPU."""
+        device = vae.conv1.weight.device
+        check_request(
+            self._model,
+            parameters,
+            lambda candidate: encoder_bytes(self._model.vae, candidate, device=device),
+            free=free_bytes(device),
+            what="encoding the image for",
+        )
         width, height = parameters.width, parameters.height
         pixels_CHW = resize_image(decode_image(content), width=width, height=height, fit=parameters.fit)
-        video_BCFHW = torch.zeros(1, 3, parameters.num_frames, height, width, device=vae.conv1.weight.device)
+        video_BCFHW = torch.zeros(1, 3, parameters.num_frames, height, width, device=device)
         video_BCFHW[0, :, 0] = to_unit_range(pixels_CHW)
         latents_CThw = vae.encode(video_BCFHW)[0].cpu()
         if not torch.isfinite(latents_CThw).all():

@@ -25,10 +25,11 @@ from turbo_backend.checkpoints import (
 )
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import Misconfigured, TurboError
-from turbo_backend.memory import choose_placement
+from turbo_backend.memory import free_bytes
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.parameters import RESOLUTIONS, Delivery, make_parameters
+from turbo_backend.planner import choose_placement
 from turbo_backend.settings import Settings
 from turbo_backend.stages.denoiser import DenoisedStep, DenoiseRequest, DenoiserStage
 from turbo_backend.stages.experts import Experts, ResidentExperts, SwappedExperts
@@ -54,7 +55,12 @@ def load_text_encoder(settings: Settings) -> TextEncoderStage:
     """The text encoder stage, loaded and warm."""
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
-    encoder, fingerprint = _load(TextEncoderLayout(model.text_encoder), files.text_encoder if files else None, settings)
+    encoder, fingerprint = _load(
+        TextEncoderLayout(model.text_encoder),
+        files.text_encoder if files else None,
+        settings,
+        device=torch.device("cpu") if settings.text_encoder_device == "cpu" else None,
+    )
     stage = TextEncoderStage(
         encoder,
         Tokenizer.from_folder(files.tokenizer if files else tiny_checkpoint_folder() / "tokenizer"),
@@ -127,7 +133,16 @@ def _load_experts(layout: DenoiserLayout, paths: Sequence[Path | None], settings
     if len(paths) == 1:
         placement = "resident"
     elif placement == "auto":
-        placement = choose_placement(settings)
+        model = settings.served_model
+        placement = "resident"
+        if settings.device.type == "cuda":
+            placement = choose_placement(
+                model,
+                make_parameters(model, {}, seed=1),
+                dtype=settings.dtype,
+                quant_linear=settings.quant_linear,
+                free=free_bytes(settings.device),
+            )
     fingerprints: list[str] = []
 
     def load(expert: int) -> WanDiT:
@@ -192,12 +207,13 @@ def _load(
     path: Path | None,
     settings: Settings,
     *,
+    device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     seed: int = _RANDOM_SEED,
 ) -> tuple[_Net, str]:
-    """The network and the fingerprint of its weights; the dtype is that of the settings unless given."""
+    """The network and the fingerprint of its weights; device and dtype are those of the settings unless given."""
     started = time.perf_counter()
-    device, dtype = settings.device, dtype or settings.dtype
+    device, dtype = device or settings.device, dtype or settings.dtype
     if path is None:
         net = layout.build()
         on_device = device if device.type == "cuda" else None
