@@ -8,25 +8,35 @@ import numpy as np
 import pytest
 import torch
 
+from turbo_backend.checkpoints import DenoiserLayout
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import InvalidArgument, TurboError
 from turbo_backend.nets.attention import AttentionSettings
 from turbo_backend.nets.dit import WanDiT
+from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.noise import draw_noise
 from turbo_backend.stages.denoiser import DenoisedStep, DenoiseRequest, DenoiserStage
 from turbo_backend.stages.experts import Experts, ResidentExperts, SwappedExperts
 
 MakeExperts = Callable[[], list[WanDiT]]
+CPU = torch.device("cpu")
 DENSE = {"ATTENTION_TYPE": "original", "NUM_FRAMES": 5}
 
 
-def make_stage(experts: Experts, model: ModelConfig) -> DenoiserStage:
+def make_stage(
+    experts: Experts,
+    model: ModelConfig,
+    *,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    provider: str = "reference",
+) -> DenoiserStage:
     return DenoiserStage(
         experts,
         model,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        provider="reference",
+        device=device,
+        dtype=dtype,
+        provider=provider,
         max_batch_size=4,
         max_batch_tokens=10_000,
         fingerprint="test",
@@ -149,7 +159,7 @@ def test_a_mixed_batch_gives_what_each_gives_alone(stage: DenoiserStage, image_m
 
 
 def make_swapped(model: ModelConfig, make_experts: MakeExperts) -> SwappedExperts:
-    return SwappedExperts([lambda net=net: net for net in make_experts()], torch.device("cpu"))  # type: ignore[misc]
+    return SwappedExperts([lambda net=net: net for net in make_experts()], CPU)  # type: ignore[misc]
 
 
 def test_swapped_experts_give_the_same_bits(
@@ -178,7 +188,7 @@ class CountingExperts(SwappedExperts):
 
 
 def test_a_batch_changes_experts_once_each_way(image_model: ModelConfig, make_experts: MakeExperts) -> None:
-    experts = CountingExperts([lambda net=net: net for net in make_experts()], torch.device("cpu"))  # type: ignore[misc]
+    experts = CountingExperts([lambda net=net: net for net in make_experts()], CPU)  # type: ignore[misc]
     experts.select(0)
     experts.num_swaps = 0
     run(make_stage(experts, image_model), *mixed(image_model))
@@ -221,3 +231,32 @@ def test_images_that_do_not_belong_are_refused(stage: DenoiserStage, image_model
     for outcome, says in zip(outcomes, ("IMAGE = None", r"IMAGE_LATENTS = [20, 2, 18, 30]", "finite"), strict=True):
         assert isinstance(outcome, InvalidArgument)
         assert says in str(outcome)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("quant_linear", [False, True])
+def test_swapped_experts_give_the_same_bits_on_the_gpu(image_model: ModelConfig, quant_linear: bool) -> None:
+    device = torch.device("cuda", 0)
+
+    def load(seed: int) -> WanDiT:
+        layout = DenoiserLayout(image_model.dit, quant_linear=quant_linear)
+        net = layout.build()
+        initialize_random(net, seed, device=device, dtype=torch.bfloat16, keep_fp32=layout.keep_fp32)
+        net.prepare_for_inference()
+        return net
+
+    def stage_of(experts: Experts) -> DenoiserStage:
+        return make_stage(experts, image_model, device=device, dtype=torch.bfloat16, provider="triton")
+
+    resident = stage_of(ResidentExperts([load(0), load(1)]))
+    swapped = stage_of(SwappedExperts([lambda: load(0), lambda: load(1)], device))
+    for _ in range(3):
+        for one, other in zip(run(resident, *mixed(image_model)), run(swapped, *mixed(image_model)), strict=True):
+            if isinstance(one, DenoisedStep) and isinstance(other, DenoisedStep):
+                assert one.latents is not None
+                assert other.latents is not None
+                assert torch.equal(one.latents, other.latents)
+            else:
+                assert isinstance(one, TurboError)
+                assert str(one) == str(other) == "came broken"
