@@ -8,9 +8,9 @@ import torch
 from turbo_backend.checkpoints import DenoiserLayout
 from turbo_backend.config import MODELS
 from turbo_backend.errors import ResourceExhausted
-from turbo_backend.memory import decoder_bytes, denoiser_bytes
+from turbo_backend.memory import denoiser_bytes
 from turbo_backend.nets.random_weights import initialize_random
-from turbo_backend.parameters import make_parameters
+from turbo_backend.parameters import GenerationParameters, make_parameters
 from turbo_backend.planner import (
     CONFIGURATIONS,
     check_request,
@@ -23,6 +23,10 @@ from turbo_backend.planner import (
 
 GIB = 2**30
 WAN, A14B, TINY = MODELS["Wan2.1-14B"], MODELS["Wan2.2-A14B"], MODELS["tiny"]
+
+
+def denoising(parameters: GenerationParameters) -> int:
+    return denoiser_bytes(WAN.dit, parameters, torch.bfloat16, provider="triton", device=torch.device("cuda"))
 
 
 @pytest.mark.parametrize("quant_linear", [False, True])
@@ -93,20 +97,18 @@ def test_refusal_names_what_fits() -> None:
     parameters = make_parameters(WAN, {}, seed=1)
     free = 5 * GIB
     with pytest.raises(ResourceExhausted) as caught:
-        check_request(
-            WAN, parameters, lambda p: denoiser_bytes(WAN.dit, p, torch.bfloat16), free=free, what="denoising"
-        )
+        check_request(WAN, parameters, denoising, free=free, what="denoising")
     message = str(caught.value)
     assert "denoising 1280x720, 81 frames needs 7." in message
-    fewer, smaller = nearest_fitting(WAN, parameters, lambda p: denoiser_bytes(WAN.dit, p, torch.bfloat16) <= free)
+    fewer, smaller = nearest_fitting(WAN, parameters, lambda p: denoising(p) <= free)
     assert f"what fits: {fewer.num_frames} frames at 720p or 81 frames at {smaller.resolution}" in message
     assert fewer.num_frames % 4 == 1
     more = make_parameters(WAN, {"NUM_FRAMES": fewer.num_frames + 4}, seed=1)
-    assert denoiser_bytes(WAN.dit, more, torch.bfloat16) > free >= denoiser_bytes(WAN.dit, fewer, torch.bfloat16)
+    assert denoising(more) > free >= denoising(fewer)
     assert smaller.width * smaller.height < 1280 * 720
 
 
 def test_nothing_fits() -> None:
     parameters = make_parameters(WAN, {"RESOLUTION": "480"}, seed=1)
     with pytest.raises(ResourceExhausted, match="nothing at this aspect ratio"):
-        check_request(WAN, parameters, lambda p: decoder_bytes(WAN.vae, p, torch.bfloat16), free=1000, what="decoding")
+        check_request(WAN, parameters, denoising, free=1000, what="decoding")
