@@ -76,9 +76,7 @@ class Manifest:
         content = image if isinstance(image, bytes) else Path(image).read_bytes()
         now = hashlib.sha256(content).hexdigest()
         if now != then:
-            raise ManifestError(
-                f"not the image that the video started from ({facts}): sha256 {now}, not {then}"
-            )
+            raise ManifestError(f"not the image that the video started from ({facts}): sha256 {now}, not {then}")
         return content
 
     def differences(self, report: Mapping[str, Any]) -> list[str]:

@@ -109,9 +109,7 @@ class ParameterOptions:
     ] = None
     boundary: Annotated[
         float,
-        typer.Option(
-            help="With --image: noise time of the low-noise expert.", rich_help_panel=_PARAMETERS
-        ),
+        typer.Option(help="With --image: noise time of the low-noise expert.", rich_help_panel=_PARAMETERS),
     ] = 0.9
     adaptive_resolution: Annotated[
         bool,
