@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from turbo_backend.errors import Misconfigured
 
@@ -78,7 +78,7 @@ class ModelConfig:
 
     `dit_files` names the published denoiser files without suffix (`.pth` and `.safetensors` are both looked for);
     a model with two experts lists the high-noise expert first. `-quant` is added for quantized files. The defaults
-    are those that all Wan models share.
+    are those that all Wan models share. The weights of an `embedded` model come with the server.
     """
 
     name: str
@@ -93,22 +93,40 @@ class ModelConfig:
     resolutions: tuple[str, ...] = ("480p", "720p", "720", "512", "480")
     default_num_frames: int = 81
     default_sigma_max: float = 80.0
+    embedded: bool = False
 
     @property
     def num_experts(self) -> int:
         return len(self.dit_files)
 
+    @property
+    def takes_image(self) -> bool:
+        """Whether the denoiser is conditioned on an image: 4 channels of mask and the image's latents."""
+        return self.dit.in_channels > self.dit.out_channels
+
+    @property
+    def num_mask_channels(self) -> int:
+        """Channels that say which latent frames are given, before the image's latents; 0 without image."""
+        return self.dit.in_channels - 2 * self.dit.out_channels if self.takes_image else 0
+
+    @property
+    def ensemble(self) -> str:
+        """Name of the Triton ensemble that serves this model."""
+        return "image_to_video" if self.takes_image else "text_to_video"
+
+
+_TINY_DIT = DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=6, text_dim=256)
+_TINY_TEXT_ENCODER = TextEncoderConfig(vocab_size=512, dim=256, dim_attn=256, dim_ffn=512, num_heads=4, num_layers=4)
+_TINY_VAE = VAEConfig(base_dim=16)
 
 MODELS: dict[str, ModelConfig] = {
     model.name: model
     for model in (
         ModelConfig(
             name="tiny",
-            dit=DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=6, text_dim=256),
-            text_encoder=TextEncoderConfig(
-                vocab_size=512, dim=256, dim_attn=256, dim_ffn=512, num_heads=4, num_layers=4
-            ),
-            vae=VAEConfig(base_dim=16),
+            dit=_TINY_DIT,
+            text_encoder=_TINY_TEXT_ENCODER,
+            vae=_TINY_VAE,
             dit_files=(("tiny-T2V",),),
             text_encoder_file="tiny-umt5",
             vae_file="tiny-VAE",
@@ -116,6 +134,22 @@ MODELS: dict[str, ModelConfig] = {
             resolutions=("144p",),
             default_resolution="144p",
             default_num_frames=33,
+            embedded=True,
+        ),
+        ModelConfig(
+            name="tiny-I2V",
+            dit=replace(_TINY_DIT, in_channels=36),
+            text_encoder=_TINY_TEXT_ENCODER,
+            vae=_TINY_VAE,
+            dit_files=(("tiny-I2V-high",), ("tiny-I2V-low",)),
+            text_encoder_file="tiny-umt5",
+            vae_file="tiny-VAE",
+            tokenizer="tokenizer",
+            resolutions=("144p",),
+            default_resolution="144p",
+            default_num_frames=33,
+            default_sigma_max=200.0,
+            embedded=True,
         ),
         ModelConfig(
             name="Wan2.1-1.3B",

@@ -38,6 +38,21 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def merge_reports(*reports: Mapping[str, object]) -> dict[str, object]:
+    """One report of what several stages said: `stages` and `weights` joined, `notes` in order, the rest by name."""
+    merged: dict[str, object] = {}
+    for report in reports:
+        for key, value in report.items():
+            before = merged.get(key)
+            if isinstance(before, Mapping) and isinstance(value, Mapping):
+                merged[key] = {**before, **value}
+            elif isinstance(before, list) and isinstance(value, list):
+                merged[key] = [*before, *value]
+            else:
+                merged[key] = value
+    return merged
+
+
 def make_manifest(report: Mapping[str, object]) -> str:
     """The replay manifest as JSON, from a denoiser's report; it holds no time, so equal requests give equal files."""
     kept = [
@@ -53,5 +68,7 @@ def make_manifest(report: Mapping[str, object]) -> str:
         "device",
         "versions",
     ]
+    if "image" in report:
+        kept.append("image")
     manifest = {"turbodiffusion_manifest": MANIFEST_VERSION, **{key: report[key] for key in kept}}
     return json.dumps(manifest, ensure_ascii=False, sort_keys=True)

@@ -1,4 +1,4 @@
-"""Memory: what a request will need, refused before the run where it cannot fit, and out-of-memory errors told apart."""
+"""Memory: what a request will need beside weights, what is free, and out-of-memory errors told apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from turbo_backend.config import DiTConfig, VAEConfig
+from turbo_backend.config import DiTConfig, TextEncoderConfig, VAEConfig
 from turbo_backend.errors import ResourceExhausted, TurboError
 from turbo_backend.parameters import GenerationParameters
 from turbo_kernels import attention_geometry
@@ -65,6 +65,22 @@ def decoder_bytes(
     return 14 * chunk * dtype.itemsize + frames
 
 
+def encoder_bytes(config: VAEConfig, parameters: GenerationParameters, *, device: torch.device) -> int:
+    """Workspace of encoding one image's video in float32, in bytes: the video, convolution caches, the widest chunk.
+
+    An estimate from shapes: half of what decoding holds, whose upper stages are wider.
+    """
+    pixels = parameters.width * parameters.height
+    chunk = 4 * pixels * config.base_dim * 4
+    return (20 if device.type == "cpu" else 8) * chunk + parameters.num_frames * pixels * 3 * 4
+
+
+def text_encoder_bytes(config: TextEncoderConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    """Workspace of encoding one prompt, in bytes: attention scores in float32, and a block's activations."""
+    scores = 3 * config.num_heads * num_tokens * num_tokens * 4
+    return scores + num_tokens * (4 * config.dim_ffn + 8 * config.dim) * dtype.itemsize
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that a new allocation can have: free on the GPU plus what PyTorch's cache holds unused, or free RAM."""
     if device.type == "cuda":
@@ -74,17 +90,6 @@ def free_bytes(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise TurboError("/proc/meminfo has no MemAvailable line")
-
-
-def check_fits(needed: int, device: torch.device, what: str) -> None:
-    """Refuses work that the device's free memory cannot hold.
-
-    Raises:
-        ResourceExhausted: with both figures.
-    """
-    free = free_bytes(device)
-    if needed > free:
-        raise ResourceExhausted(f"{what} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on {device}")
 
 
 def as_turbo_error(error: Exception, stage: str) -> TurboError:

@@ -24,6 +24,10 @@ RESOLUTIONS: dict[str, dict[str, tuple[int, int]]] = {
 ASPECT_RATIOS = ("1:1", "4:3", "3:4", "16:9", "9:16")
 ATTENTION_TYPES = ("original", "sla", "sagesla")
 MAX_SEED = 2**63 - 1
+#: How an image is brought to the video's size: as upstream does, or cut to its aspect ratio.
+FITS = ("stretch", "crop")
+#: Fields that only an image model takes.
+_IMAGE_FIELDS = ("BOUNDARY", "ADAPTIVE_RESOLUTION", "FIT")
 #: RoPE positions reach 128 patches on each axis, so 128 latent frames and 2048 pixels a side.
 MAX_LATENT_FRAMES = 128
 MAX_SIDE = 2048
@@ -44,6 +48,8 @@ class GenerationParameters:
         sla_topk: share of key blocks that the sparse branch attends to, in (0, 1].
         boundary: RF time below which the low-noise expert takes over (two-expert models).
         ode: deterministic sampling instead of fresh noise at each step.
+        adaptive_resolution: width and height follow the image's aspect ratio (image models).
+        fit: how the image is brought to width and height, `stretch` or `crop` (image models).
     """
 
     seed: int
@@ -58,6 +64,8 @@ class GenerationParameters:
     sla_topk: float
     boundary: float
     ode: bool
+    adaptive_resolution: bool = False
+    fit: str = "stretch"
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -74,16 +82,22 @@ class GenerationParameters:
         return asdict(self)
 
 
-def make_parameters(model: ModelConfig, values: Mapping[str, object], *, seed: int) -> GenerationParameters:
+def make_parameters(
+    model: ModelConfig, values: Mapping[str, object], *, seed: int, image_size: tuple[int, int] | None = None
+) -> GenerationParameters:
     """Checks a request's values against what `model` serves; absent fields take the model's defaults.
 
     Args:
         values: by wire name (`NUM_STEPS`, `SIGMA_MAX`, ...), as Python scalars.
         seed: used when SEED is absent or 0.
+        image_size: (width, height) of the image, which ADAPTIVE_RESOLUTION follows.
 
     Raises:
         InvalidArgument: naming field, value and what fits.
     """
+    for field in _IMAGE_FIELDS:
+        if field in values and not model.takes_image:
+            raise InvalidArgument(field, values[field], f"left out: {model.name} makes videos from text alone")
     num_steps = _integer(values, "NUM_STEPS", 4)
     if not 1 <= num_steps <= 4:
         raise InvalidArgument("NUM_STEPS", num_steps, "1, 2, 3 or 4")
@@ -104,6 +118,9 @@ def make_parameters(model: ModelConfig, values: Mapping[str, object], *, seed: i
     resolution = _choice(values, "RESOLUTION", model.resolutions, model.default_resolution)
     aspect_ratio = _choice(values, "ASPECT_RATIO", ASPECT_RATIOS, "16:9")
     width, height = RESOLUTIONS[resolution][aspect_ratio]
+    adaptive_resolution = _boolean(values, "ADAPTIVE_RESOLUTION", False)
+    if adaptive_resolution and image_size is not None:
+        width, height = adaptive_size(width * height, *image_size)
     return GenerationParameters(
         seed=given_seed or seed,
         num_steps=num_steps,
@@ -117,7 +134,33 @@ def make_parameters(model: ModelConfig, values: Mapping[str, object], *, seed: i
         sla_topk=_real(values, "SLA_TOPK", 0.1, low=0.0, high=1.0, fits="over 0, at most 1"),
         boundary=_real(values, "BOUNDARY", 0.9, low=0.5 - 1e-12, high=1.0, fits="0.5 to 1"),
         ode=_boolean(values, "ODE", False),
+        adaptive_resolution=adaptive_resolution,
+        fit=_choice(values, "FIT", FITS, "stretch"),
     )
+
+
+def adaptive_size(area: int, image_width: int, image_height: int) -> tuple[int, int]:
+    """(width, height) with the aspect ratio of an image and about `area` pixels, both multiples of 16.
+
+    With a = image_height / image_width, upstream's rule: width = 16 round(sqrt(area / a) / 16) and
+    height = 16 round(sqrt(area a) / 16), halves rounded to even.
+
+    Raises:
+        InvalidArgument: naming IMAGE, where a side falls outside the network's positions.
+    """
+    ratio = image_height / image_width
+    width = 16 * round(math.sqrt(area / ratio) / 16)
+    height = 16 * round(math.sqrt(area * ratio) / 16)
+    if max(width, height) > MAX_SIDE or min(width, height) < 16:
+        # The long side reaches MAX_SIDE at area = MAX_SIDE^2 / aspect ratio.
+        widest = min(MAX_SIDE**2 / area, area / 16**2)
+        raise InvalidArgument(
+            "IMAGE",
+            f"{image_width}x{image_height} pixels",
+            f"at most {math.floor(widest * 100) / 100:g}:1 with ADAPTIVE_RESOLUTION: "
+            f"{width}x{height} has a side outside 16 to {MAX_SIDE} pixels",
+        )
+    return width, height
 
 
 def _integer(values: Mapping[str, object], field: str, default: int) -> int:

@@ -25,6 +25,7 @@ PREFIX = "TURBO_"
 
 Weights = Literal["checkpoint", "random"]
 Provider = Literal["auto", "reference", "triton", "spargeattn"]
+ExpertPlacement = Literal["auto", "resident", "swapped"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 _TRUE = ("1", "true", "yes", "on")
@@ -43,7 +44,7 @@ class Settings(BaseModel):
 
     model: str = Field("tiny", description=f"Model to serve: {', '.join(MODELS)}.")
     checkpoint_dir: Path | None = Field(
-        None, description="Folder of the published weight files and the tokenizer; `tiny` brings its own when unset."
+        None, description="Folder of the published weight files and the tokenizer; the `tiny` models bring their own."
     )
     dit_checkpoint: tuple[Path, ...] = Field(
         (),
@@ -66,10 +67,22 @@ class Settings(BaseModel):
         alias="dtype",
         description="`float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on a GPU, float32 on a CPU.",
     )
+    text_encoder_device: Literal["auto", "cpu"] = Field(
+        "auto",
+        description="`cpu` keeps the text encoder (11 GB for the Wan models) off a small GPU; `auto`: as the rest.",
+    )
     num_threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of each model process; 0 takes the processors it may use."
     )
     text_cache_entries: int = Field(256, ge=0, description="Prompts whose embeddings are kept; 0 keeps none.")
+    image_cache_entries: int = Field(
+        16, ge=0, description="Images whose latents are kept (19 MB each at 720p); 0 keeps none."
+    )
+    expert_placement: ExpertPlacement = Field(
+        "auto",
+        description="Where a model's two experts are: both on the GPU (`resident`), one there and both in page-locked "
+        "host memory (`swapped`), or `auto`: both where they fit.",
+    )
     max_batch_size: int = Field(
         8, ge=1, le=8, description="Largest batch a stage runs at once; config.pbtxt admits up to 8."
     )
@@ -138,7 +151,7 @@ class Settings(BaseModel):
                 f"{PREFIX}DIT_CHECKPOINT names {len(self.dit_checkpoint)} file(s): "
                 f"{self.model} has {self.served_model.num_experts} expert(s), each its own file, separated by ':'"
             )
-        if self.weights == "checkpoint" and self.model != "tiny" and self.checkpoint_dir is None:
+        if self.weights == "checkpoint" and not self.served_model.embedded and self.checkpoint_dir is None:
             raise Misconfigured(
                 f"{PREFIX}CHECKPOINT_DIR is not set: {self.model} needs the folder of its published weight files "
                 f"(`turbodiffusion-server weights {self.model}` lists them)"

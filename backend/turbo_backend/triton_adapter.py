@@ -1,4 +1,4 @@
-"""What the three `model.py` adapters share: Triton requests to Python values, our errors to Triton's.
+"""What the `model.py` adapters share: Triton requests to Python values, our errors to Triton's.
 
 `triton_python_backend_utils` exists only inside a Triton stub, so it is imported here and nowhere else in the package;
 its classes are there once the model is loaded, not yet while this module is imported.
@@ -64,6 +64,11 @@ def read_tensor(request: Any, name: str) -> torch.Tensor:
     return tensor[0]
 
 
+def read_optional_tensor(request: Any, name: str) -> torch.Tensor | None:
+    """An optional input without its batch dimension, or None where it is absent; errors as in `read_tensor`."""
+    return None if pb_utils.get_input_tensor_by_name(request, name) is None else read_tensor(request, name)
+
+
 def read_parameters(request: Any) -> Mapping[str, object]:
     """The request's own parameters, which only concern delivery."""
     text = request.parameters()
@@ -109,3 +114,24 @@ def send(sender: Any, answer: Any, *, final: bool) -> None:
 
 def response(*tensors: Any) -> Any:
     return pb_utils.InferenceResponse(list(tensors))
+
+
+class Counter:
+    """A Prometheus counter of this model with one label, at the server's metrics address.
+
+    Args:
+        name: as Prometheus shows it.
+        description: its help text.
+        label: name of the label; each value counts for itself.
+    """
+
+    def __init__(self, name: str, description: str, label: str) -> None:
+        self._family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
+        self._label = label
+        self._metrics: dict[str, Any] = {}
+
+    def increment(self, value: str) -> None:
+        """Adds one to the count of that label value."""
+        if value not in self._metrics:
+            self._metrics[value] = self._family.Metric(labels={self._label: value})
+        self._metrics[value].increment(1)

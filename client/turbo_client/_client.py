@@ -19,7 +19,6 @@ from turbo_client._errors import (
 )
 from turbo_client._generation import Generation, Progress
 from turbo_client._protocol import (
-    ModelReadyRequest,
     RepositoryIndexRequest,
     ServerLiveRequest,
     ServerMetadataRequest,
@@ -64,17 +63,18 @@ class Client(Session):
         )
 
     def wait_ready(self, timeout: float = 60.0) -> None:
-        """Waits until the client's model serves.
+        """Waits until the client's model serves; without one of its own, until all models of the server do.
 
         Raises:
             DeadlineExceededError: it did not within `timeout` seconds; the message says what was seen last.
         """
         deadline = time.monotonic() + timeout
+        method, question, not_ready = self._readiness()
         while True:
             try:
-                if self._call("ModelReady", ModelReadyRequest(name=self.model)).ready:
+                if self._call(method, question).ready:
                     return
-                reason = f"model {self.model} is not ready"
+                reason = not_ready
             except (UnreachableError, UnavailableError, TimeoutError) as error:
                 reason = str(error)
             if time.monotonic() + _POLL_SECONDS > deadline:

@@ -147,6 +147,10 @@ STATUS_ERRORS: dict[grpc.StatusCode, type[APIError]] = {
 MESSAGE_ERRORS: tuple[tuple[re.Pattern[str], type[APIError]], ...] = (
     (re.compile(r"\[RESOURCE_EXHAUSTED\]"), ResourceExhaustedError),
     (re.compile(r"Request for unknown model: .* is not found", re.DOTALL), NotFoundError),
+    (
+        re.compile(r"(\[request id: [^]]*\] )?(expected number of inputs|unexpected inference input)"),
+        InvalidArgumentError,
+    ),
     (re.compile(r"This protocol is restricted"), PermissionDeniedError),
 )
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from turbo_client._errors import ManifestError
 from turbo_client._mp4 import Mp4Error, read_comment
-from turbo_client._requests import INPUTS, GenerationRequest
+from turbo_client._requests import IMAGE_INPUTS, INPUTS, GenerationRequest
 
 _VERSION_KEY = "turbodiffusion_manifest"
 _VERSION = 1
 #: Parameters that a replay asks for; the others that a manifest lists (width, height, ...) follow from them.
-_REPLAYED = (*(name for name in INPUTS if name not in ("prompt", "seed")), "fps")
+_REPLAYED = (*(name for name in (*INPUTS, *IMAGE_INPUTS) if name not in ("prompt", "seed", "image")), "fps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,7 @@ class Manifest:
         parameters: every parameter, defaults filled in.
         weights: hashes of the weight files by role.
         versions: software that made the video.
+        image: of the image that the video started from, its `sha256` among others; None for a video from text alone.
         raw: the whole manifest as read.
     """
 
@@ -41,19 +44,40 @@ class Manifest:
     parameters: Mapping[str, Any]
     weights: Mapping[str, Any]
     versions: Mapping[str, Any]
+    image: Mapping[str, Any] | None
     raw: Mapping[str, Any] = field(repr=False)
 
-    def request(self) -> GenerationRequest:
+    def request(self, *, image: bytes | str | os.PathLike[str] | None = None) -> GenerationRequest:
         """The request that makes the same video: `client.generate(**manifest.request().arguments())`.
 
+        Args:
+            image: the image that the video started from, which a manifest holds by its hash alone.
+
         Raises:
-            ManifestError: a parameter has a type that cannot be sent.
+            ManifestError: a parameter has a type that cannot be sent, or the image is absent, another one, or too much.
+            OSError: the image file cannot be read.
         """
+        image = self._checked(image)
         chosen = {name: self.parameters[name] for name in _REPLAYED if self.parameters.get(name) is not None}
         try:
-            return GenerationRequest(self.prompt, seed=self.seed, model=self.ensemble, **chosen)
+            return GenerationRequest(self.prompt, seed=self.seed, model=self.ensemble, image=image, **chosen)
         except (TypeError, ValueError) as error:
             raise ManifestError(f"the manifest cannot be replayed: {error}") from None
+
+    def _checked(self, image: bytes | str | os.PathLike[str] | None) -> bytes | None:
+        if self.image is None:
+            if image is not None:
+                raise ManifestError("the video was made from text alone: it takes no image")
+            return None
+        facts = f"{self.image.get('format')}, {self.image.get('width')}x{self.image.get('height')} pixels"
+        then = self.image["sha256"]
+        if image is None:
+            raise ManifestError(f"the video started from an image ({facts}, sha256 {then}): give it with --image")
+        content = image if isinstance(image, bytes) else Path(image).read_bytes()
+        now = hashlib.sha256(content).hexdigest()
+        if now != then:
+            raise ManifestError(f"not the image that the video started from ({facts}): sha256 {now}, not {then}")
+        return content
 
     def differences(self, report: Mapping[str, Any]) -> list[str]:
         """What differs between this manifest and a new video's REPORT, one line each; empty means the same set-up."""
@@ -99,6 +123,9 @@ def parse_manifest(text: str) -> Manifest:
         raise ManifestError("has a comment that is not a TurboDiffusion manifest")
     if raw[_VERSION_KEY] != _VERSION or isinstance(raw[_VERSION_KEY], bool):
         raise ManifestError(f"has a manifest of version {_shown(raw[_VERSION_KEY])}; this client reads {_VERSION}")
+    image = None if "image" not in raw else _typed(raw, "image", dict)
+    if image is not None:
+        _typed(image, "sha256", str)
     return Manifest(
         model=_typed(raw, "model", str),
         ensemble=_typed(raw, "ensemble", str),
@@ -107,6 +134,7 @@ def parse_manifest(text: str) -> Manifest:
         parameters=_typed(raw, "parameters", dict),
         weights=_typed(raw, "weights", dict),
         versions=_typed(raw, "versions", dict),
+        image=image,
         raw=raw,
     )
 

@@ -63,7 +63,7 @@ class ConnectionOptions:
         str | None, typer.Option(help="Name expected in the server's certificate.", rich_help_panel=_CONNECTION)
     ] = None
 
-    def client(self, *, model: str = "text_to_video") -> Client:
+    def client(self) -> Client:
         """A client as these options ask for it.
 
         Raises:
@@ -76,7 +76,6 @@ class ConnectionOptions:
                 tls = TLS(ca=self.tls_ca, cert=self.tls_cert, key=self.tls_key, server_name=self.tls_server_name)
             return Client(
                 self.url,
-                model=model,
                 timeout=self.timeout or None,
                 tls=tls,
                 api_key=self.api_key,
@@ -90,7 +89,37 @@ class ConnectionOptions:
 class ParameterOptions:
     """What to generate; names and defaults are those of `GenerationRequest`."""
 
-    model: Annotated[str, typer.Option(help="Ensemble to call.", rich_help_panel=_PARAMETERS)] = "text_to_video"
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Ensemble to call.",
+            show_default="text_to_video, or image_to_video with --image",
+            rich_help_panel=_PARAMETERS,
+        ),
+    ] = None
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            help="JPEG, PNG or WebP that the video starts from.",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            rich_help_panel=_PARAMETERS,
+        ),
+    ] = None
+    boundary: Annotated[
+        float,
+        typer.Option(help="With --image: noise time of the low-noise expert.", rich_help_panel=_PARAMETERS),
+    ] = 0.9
+    adaptive_resolution: Annotated[
+        bool,
+        typer.Option(
+            "--adaptive-resolution/--fixed-resolution",
+            help="With --image: follow its aspect ratio.",
+            rich_help_panel=_PARAMETERS,
+        ),
+    ] = False
+    fit: Annotated[str, typer.Option(help="With --image: stretch or crop.", rich_help_panel=_PARAMETERS)] = "stretch"
     seed: Annotated[int, typer.Option(help="0 draws one.", rich_help_panel=_PARAMETERS)] = 0
     num_steps: Annotated[int, typer.Option(help="Denoising steps, 1 to 4.", rich_help_panel=_PARAMETERS)] = 4
     num_frames: Annotated[

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
+import os
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Real
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -28,6 +31,11 @@ INPUTS: Mapping[str, str] = MappingProxyType(
     }
 )
 
+#: Further inputs of a request that starts from an image.
+IMAGE_INPUTS: Mapping[str, str] = MappingProxyType(
+    {"image": "BYTES", "boundary": "FP64", "adaptive_resolution": "BOOL", "fit": "BYTES"}
+)
+
 #: Request parameters that concern delivery only, and the `InferParameter` field each travels in.
 PARAMETERS: Mapping[str, str] = MappingProxyType(
     {"container": "string_param", "fps": "int64_param", "preview": "bool_param", "priority": "uint64_param"}
@@ -36,6 +44,8 @@ PARAMETERS: Mapping[str, str] = MappingProxyType(
 #: Wire type of every field, tensors and the rest alike, by which its value is checked.
 _TYPES: Mapping[str, str] = {
     **INPUTS,
+    **IMAGE_INPUTS,
+    "image": "FILE",
     "container": "BYTES",
     "fps": "INT64",
     "preview": "BOOL",
@@ -64,17 +74,23 @@ class GenerationRequest:
         attention_type: "sagesla", "sla" or "original".
         sla_topk: share of key blocks that sparse attention keeps, over 0 to 1.
         ode: deterministic sampling instead of fresh noise at each step.
+        image: image that the video starts from, as bytes of a JPEG, PNG or WebP file or as the path of one, which
+            is read here; None for a video from text alone.
+        boundary: noise time, 0.5 to 1, below which the low-noise expert takes over; only with an image.
+        adaptive_resolution: follow the image's aspect ratio, keeping the resolution's area; only with an image.
+        fit: how the image is brought to the video's size, "stretch" or "crop"; only with an image.
         container: "mp4", or "raw" for uint8 frames.
         fps: frames a second of the MP4.
         preview: whether each step's progress carries a small JPEG.
         priority: Triton's scheduling priority; None for the model's default.
-        model: ensemble to call; None for the client's.
+        model: ensemble to call; None for the client's, which is "text_to_video", or "image_to_video" with an image.
         request_id: name of this request in logs and errors; None draws one.
         timeout: seconds for the whole generation; None for the client's limit, `math.inf` for none.
 
     Raises:
         TypeError: a value of the wrong type.
-        ValueError: a value that its wire type cannot hold.
+        ValueError: a value that its wire type cannot hold, or one that belongs to an image without any.
+        OSError: the image file cannot be read.
     """
 
     prompt: str
@@ -88,6 +104,10 @@ class GenerationRequest:
     attention_type: str = "sagesla"
     sla_topk: float = 0.1
     ode: bool = False
+    image: bytes | str | os.PathLike[str] | None = field(default=None, repr=False)
+    boundary: float = 0.9
+    adaptive_resolution: bool = False
+    fit: str = "stretch"
     container: str = "mp4"
     fps: int = 16
     preview: bool = False
@@ -105,6 +125,16 @@ class GenerationRequest:
             object.__setattr__(self, item.name, _CHECKS[_TYPES[item.name]](item.name, value))
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"timeout = {self.timeout!r}: must be over 0 seconds")
+        if self.image is None:
+            for item in fields(self):
+                value = getattr(self, item.name)
+                if item.name in IMAGE_INPUTS and value != item.default:
+                    raise ValueError(f"{item.name} = {value!r}: belongs to an image, and there is none")
+
+    @property
+    def ensemble(self) -> str:
+        """The ensemble that this kind of request goes to."""
+        return "text_to_video" if self.image is None else "image_to_video"
 
     def arguments(self) -> dict[str, Any]:
         """The request as arguments of a client's `generate` or `stream`."""
@@ -113,7 +143,8 @@ class GenerationRequest:
     def encode(self, *, model: str, request_id: str) -> Any:
         """The request as a `ModelInferRequest`; every tensor is [1, 1], a batch of one."""
         message = InferRequest(model_name=model, id=request_id)
-        for name, datatype in INPUTS.items():
+        inputs = INPUTS if self.image is None else {**INPUTS, **IMAGE_INPUTS}
+        for name, datatype in inputs.items():
             value = getattr(self, name)
             if value is not None:
                 message.inputs.add(name=name.upper(), datatype=datatype, shape=[1, 1])
@@ -125,6 +156,28 @@ class GenerationRequest:
         # The ensemble's end is then always said, even when its last response carried the video already.
         message.parameters["triton_enable_empty_final_response"].bool_param = True
         return message
+
+    def remark(self) -> str | None:
+        """What a caller may want to know before an image request runs: that the low-noise expert will not.
+
+        The sampler's last step stands at the angle 1.5, 1.4 or 1.0 (of 2, 3 or 4 steps; noise time sin / (sin + cos)),
+        or at sigma_max / (1 + sigma_max) of a single step. None where all is well, or for the server to judge.
+        """
+        if self.image is None or not 1 <= self.num_steps <= 4:
+            return None
+        if self.num_steps == 1:
+            sigma = 200.0 if self.sigma_max is None else self.sigma_max
+            last = sigma / (1 + sigma) if sigma > 0 else 0.0
+        else:
+            angle = (1.5, 1.4, 1.0)[self.num_steps - 2]
+            last = math.sin(angle) / (math.sin(angle) + math.cos(angle))
+        if last < self.boundary:
+            return None
+        steps = f"{self.num_steps} step{'s' if self.num_steps > 1 else ''}"
+        return (
+            f"with {steps} the low-noise expert never runs: the last step is at {last:.3f}, "
+            f"boundary {self.boundary:g}; more steps or a higher boundary reach it"
+        )
 
 
 def _integer(bits: int, *, signed: bool) -> Callable[[str, Any], int]:
@@ -166,8 +219,17 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
+def _file(name: str, value: Any) -> bytes:
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    if isinstance(value, (str, os.PathLike)):
+        return Path(value).read_bytes()
+    raise TypeError(f"{name}: must be bytes or a path, not {type(value).__name__}")
+
+
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "BYTES": _text,
+    "FILE": _file,
     "INT32": _integer(32, signed=True),
     "INT64": _integer(64, signed=True),
     "UINT64": _integer(64, signed=False),
@@ -176,13 +238,13 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
 }
 
 
-def _encode_text(value: str) -> bytes:
-    content = value.encode()
+def _encode_bytes(value: str | bytes) -> bytes:
+    content = value.encode() if isinstance(value, str) else value
     return struct.pack("<I", len(content)) + content
 
 
 _ENCODERS: Mapping[str, Callable[[Any], bytes]] = {
-    "BYTES": _encode_text,
+    "BYTES": _encode_bytes,
     "INT32": struct.Struct("<i").pack,
     "INT64": struct.Struct("<q").pack,
     "FP64": struct.Struct("<d").pack,

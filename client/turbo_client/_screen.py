@@ -206,6 +206,7 @@ def manifest_table(manifest: Manifest) -> RenderableType:
         ("model", manifest.model),
         ("ensemble", manifest.ensemble),
         *manifest.parameters.items(),
+        *((f"image {name}", value) for name, value in (manifest.image or {}).items()),
         *((f"weights {name}", value) for name, value in manifest.weights.items()),
         *((f"version {name}", value) for name, value in manifest.versions.items()),
     ]

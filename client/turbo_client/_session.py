@@ -6,11 +6,12 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from turbo_client._connection import ChannelOption, Connection
 from turbo_client._errors import DeadlineExceededError, UnavailableError, UnreachableError
 from turbo_client._generation import Generation
+from turbo_client._protocol import ModelReadyRequest, ServerReadyRequest
 from turbo_client._requests import GenerationRequest
 from turbo_client._settings import TLS, RetryPolicy, Timeout
 
@@ -51,7 +52,8 @@ class Session:
 
     Args:
         url: HOST:PORT of the server's gRPC port.
-        model: ensemble that requests go to unless they name another.
+        model: ensemble that requests go to unless they name another; None for "text_to_video", or "image_to_video" for
+            those with an image.
         timeout: a `Timeout`, or seconds for a whole generation; None for no limit on generations.
         tls: TLS settings; None for plaintext.
         api_key: sent with every call.
@@ -69,7 +71,7 @@ class Session:
         self,
         url: str = "127.0.0.1:8001",
         *,
-        model: str = "text_to_video",
+        model: str | None = None,
         timeout: Timeout | float | None = Timeout(),  # noqa: B008 - frozen
         tls: TLS | None = None,
         api_key: str | None = None,
@@ -97,7 +99,14 @@ class Session:
         return f"{type(self).__name__}({self.url!r}, model={self.model!r})"
 
     def _generation(self, request: GenerationRequest) -> Generation:
-        return Generation(request, model=self.model, timeout=self.timeout.total, retries=self.retries)
+        model = self.model or request.ensemble
+        return Generation(request, model=model, timeout=self.timeout.total, retries=self.retries)
+
+    def _readiness(self) -> tuple[str, Any, str]:
+        """The call that tells whether the client's model serves, its message, and what to say when it does not."""
+        if self.model is None:
+            return "ServerReady", ServerReadyRequest(), "the server is not ready"
+        return "ModelReady", ModelReadyRequest(name=self.model), f"model {self.model} is not ready"
 
     def _refuse_if_closed(self) -> None:
         if self._closed:

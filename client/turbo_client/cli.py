@@ -59,7 +59,7 @@ _Result = TypeVar("_Result")
 
 app = typer.Typer(
     name="turbodiffusion",
-    help="Video from text, by a TurboDiffusion server.",
+    help="Video from text or an image, by a TurboDiffusion server.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -151,7 +151,7 @@ def generate(
         ),
     ] = None,
 ) -> None:
-    """Generate a video from a prompt."""
+    """Generate a video from a prompt, or from a prompt and an image."""
     if container is None:
         container = "raw" if output is not None and output.suffix == ".npy" else "mp4"
     if output is None:
@@ -171,10 +171,13 @@ def replay(
     connection: ConnectionOptions,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.", show_default=False)],
     model: Annotated[str | None, typer.Option(help="Ensemble to call.", show_default="the one that made FILE")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="The image that the video started from.", exists=True, dir_okay=False)
+    ] = None,
 ) -> None:
     """Generate the video of FILE again, from the manifest inside it."""
     manifest = read_manifest(file)
-    request = dataclasses.replace(manifest.request(), preview=delivery.preview_dir is not None)
+    request = dataclasses.replace(manifest.request(image=image), preview=delivery.preview_dir is not None)
     if model is not None:
         request = dataclasses.replace(request, model=model)
     with connection.client() as client:
@@ -221,6 +224,9 @@ def _run(client: Client, request: GenerationRequest, output: Path, delivery: Out
     if delivery.preview_dir is not None:
         _check_preview_dir(delivery.preview_dir)
     screen = Screen(quiet=delivery.quiet)
+    remark = request.remark()
+    if remark is not None and not delivery.quiet:
+        screen.warn(remark)
     started = time.monotonic()
     with screen.progress() as progress_screen, client.stream(**request.arguments()) as stream:
         for progress in stream:

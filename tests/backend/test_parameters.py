@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from turbo_backend.config import MODELS
 from turbo_backend.errors import InvalidArgument
-from turbo_backend.parameters import MAX_SIDE, RESOLUTIONS, make_delivery, make_parameters
+from turbo_backend.parameters import MAX_SIDE, RESOLUTIONS, adaptive_size, make_delivery, make_parameters
 
-TINY, WAN = MODELS["tiny"], MODELS["Wan2.1-1.3B"]
+TINY, WAN, IMAGE_WAN = MODELS["tiny"], MODELS["Wan2.1-1.3B"], MODELS["Wan2.2-A14B"]
 
 
 def test_defaults_depend_on_the_model() -> None:
@@ -82,7 +82,7 @@ def test_seed_zero_takes_the_drawn_one() -> None:
 )
 def test_what_does_not_fit_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        make_parameters(WAN, {field: value}, seed=1)
+        make_parameters(IMAGE_WAN if field == "BOUNDARY" else WAN, {field: value}, seed=1)
     assert caught.value.field == field
     assert field in str(caught.value)
     assert caught.value.fits in str(caught.value)
@@ -115,3 +115,77 @@ def test_bad_delivery_is_refused(values: dict[str, object]) -> None:
 
 def test_delivery_ignores_parameters_of_others() -> None:
     assert make_delivery({"traceparent": "00-abc", "fps": 24}).fps == 24
+
+
+@pytest.mark.parametrize("values", [{"BOUNDARY": 0.9}, {"ADAPTIVE_RESOLUTION": True}, {"FIT": "crop"}])
+def test_what_belongs_to_an_image_is_refused_without_one(values: dict[str, object]) -> None:
+    with pytest.raises(InvalidArgument, match=r"left out: Wan2\.1-1\.3B makes videos from text alone"):
+        make_parameters(WAN, values, seed=1)
+    make_parameters(IMAGE_WAN, values, seed=1, image_size=(100, 100))
+
+
+#: Worked out apart from the code, in whole numbers: k with (k - 1/2)^2 < area * aspect / 256 < (k + 1/2)^2.
+ADAPTIVE = [
+    # preset at 16:9, image width and height, video width and height
+    ("720p", 4032, 3024, 1104, 832),
+    ("720p", 3024, 4032, 832, 1104),
+    ("720p", 1920, 1080, 1280, 720),
+    ("720p", 1080, 1920, 720, 1280),
+    ("720p", 1000, 1000, 960, 960),
+    ("720p", 6000, 4000, 1168, 784),
+    ("720p", 4000, 6000, 784, 1168),
+    ("720p", 2560, 1080, 1472, 624),
+    ("720p", 1179, 2556, 656, 1408),
+    ("720p", 4096, 2160, 1328, 704),
+    ("720p", 3000, 1000, 1664, 560),
+    ("720p", 1000, 4000, 480, 1920),
+    ("720p", 64, 48, 1104, 832),
+    ("720p", 1200, 628, 1328, 688),
+    ("480p", 4032, 3024, 736, 544),
+    ("480p", 1920, 1080, 848, 480),
+    ("480p", 1080, 1350, 560, 704),
+    ("480p", 1000, 1000, 624, 624),
+    ("480p", 2000, 3000, 512, 768),
+    ("480p", 3440, 1440, 976, 416),
+    ("480p", 500, 2000, 320, 1264),
+    ("720", 1920, 1080, 1264, 704),
+    ("720", 3000, 2000, 1168, 768),
+    ("512", 1920, 1080, 656, 368),
+    ("512", 1024, 1024, 496, 496),
+    ("480", 1920, 1080, 768, 432),
+    ("480", 1080, 1920, 432, 768),
+    ("144p", 1920, 1080, 256, 144),
+    ("144p", 1000, 1000, 192, 192),
+    ("144p", 3000, 1500, 272, 128),
+]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("resolution", "image_width", "image_height", "width", "height"), ADAPTIVE)
+def test_adaptive_size(resolution: str, image_width: int, image_height: int, width: int, height: int) -> None:
+    area = math.prod(RESOLUTIONS[resolution]["16:9"])
+    assert adaptive_size(area, image_width, image_height) == (width, height)
+    if resolution != "144p":
+        values = {"RESOLUTION": resolution, "ADAPTIVE_RESOLUTION": True}
+        parameters = make_parameters(IMAGE_WAN, values, seed=1, image_size=(image_width, image_height))
+        assert (parameters.width, parameters.height) == (width, height)
+
+
+@pytest.mark.parametrize("size", [(5000, 1000), (1000, 5000), (20000, 16)])
+def test_panoramas_beyond_the_positions_are_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(InvalidArgument, match=r"IMAGE = .*at most 4\.55:1 with ADAPTIVE_RESOLUTION"):
+        make_parameters(IMAGE_WAN, {"ADAPTIVE_RESOLUTION": True}, seed=1, image_size=size)
+    assert make_parameters(IMAGE_WAN, {}, seed=1, image_size=size).width == 1280
+
+
+@given(st.integers(16, 20000), st.integers(16, 20000), st.sampled_from(["480p", "720p", "512"]))
+def test_adaptive_sizes_fit_the_network_or_are_refused(image_width: int, image_height: int, resolution: str) -> None:
+    area = math.prod(RESOLUTIONS[resolution]["16:9"])
+    try:
+        width, height = adaptive_size(area, image_width, image_height)
+    except InvalidArgument as error:
+        assert error.field == "IMAGE"  # noqa: PT017
+        return
+    assert width % 16 == height % 16 == 0
+    assert 16 <= min(width, height) <= max(width, height) <= MAX_SIDE
+    assert abs(math.log(width * height / area)) < 0.06

@@ -211,6 +211,7 @@ def test_foreign_layouts_are_named(keys: dict[str, tuple[int, ...]], what: str, 
 def test_published_key_counts(name: str, quant_linear: bool) -> None:
     expected = {
         "tiny": (189, 249),
+        "tiny-I2V": (189, 249),
         "Wan2.1-1.3B": (885, 1185),
         "Wan2.1-14B": (1175, 1575),
         "Wan2.2-A14B": (1175, 1575),

@@ -459,7 +459,7 @@ def test_wait_ready(driver: Driver, fake: FakeTriton, nobody: str) -> None:
     threading.Timer(0.3, lambda: setattr(fake, "ready", True)).start()
     driver.call(fake.address, "wait_ready", 20)
     fake.ready = False
-    with pytest.raises(DeadlineExceededError, match=r"not ready within 0\.3 s: model text_to_video is not ready"):
+    with pytest.raises(DeadlineExceededError, match=r"not ready within 0\.3 s: the server is not ready"):
         driver.call(fake.address, "wait_ready", 0.3)
     with pytest.raises(DeadlineExceededError, match="cannot reach"):
         driver.call(nobody, "wait_ready", 0.3)

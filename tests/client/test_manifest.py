@@ -1,6 +1,7 @@
 """Replay manifests, and the MP4 reader that finds them in files that nobody vouches for."""
 
 import contextlib
+import hashlib
 import io
 import json
 import struct
@@ -176,3 +177,32 @@ def test_any_damage_gives_a_manifest_or_a_manifest_error(changes: list[tuple[int
 def test_any_json_gives_a_request_or_a_manifest_error(changes: dict[str, Any]) -> None:
     with contextlib.suppress(ManifestError):
         parse_manifest(json.dumps(MANIFEST | changes)).request()
+
+
+IMAGE = b"an image file"
+WITH_IMAGE = MANIFEST | {
+    "ensemble": "image_to_video",
+    "parameters": {**MANIFEST["parameters"], "boundary": 0.8, "adaptive_resolution": True, "fit": "crop"},
+    "image": {"sha256": hashlib.sha256(IMAGE).hexdigest(), "format": "PNG", "width": 40, "height": 30},
+}
+
+
+def test_replay_asks_for_the_very_image(tmp_path: Path) -> None:
+    manifest = parse_manifest(json.dumps(WITH_IMAGE))
+    (tmp_path / "a.png").write_bytes(IMAGE)
+    for image in (IMAGE, tmp_path / "a.png"):
+        request = manifest.request(image=image)
+        assert (request.image, request.model) == (IMAGE, "image_to_video")
+        assert (request.boundary, request.adaptive_resolution, request.fit) == (0.8, True, "crop")
+    with pytest.raises(ManifestError, match=r"an image \(PNG, 40x30 pixels, sha256 .*give it with --image"):
+        manifest.request()
+    with pytest.raises(ManifestError, match="not the image that the video started from"):
+        manifest.request(image=b"another")
+    with pytest.raises(ManifestError, match="it takes no image"):
+        parse_manifest(json.dumps(MANIFEST)).request(image=IMAGE)
+
+
+@pytest.mark.parametrize("image", [None, [], {}, {"sha256": 3}])
+def test_damaged_facts_of_an_image(image: object) -> None:
+    with pytest.raises(ManifestError):
+        parse_manifest(json.dumps(MANIFEST | {"image": image}))

@@ -1,5 +1,7 @@
 """Requests: what they refuse, and their bytes on the wire."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from fake_triton import read_inputs, read_parameters
@@ -99,3 +101,41 @@ def test_arguments_make_the_same_request() -> None:
 def test_values_survive_the_wire(prompt: str, seed: int, sigma: float | None) -> None:
     found = read_inputs(encode(GenerationRequest(prompt, seed=seed, sigma_max=sigma)))
     assert (found["PROMPT"], found["SEED"], found.get("SIGMA_MAX")) == (prompt, seed, sigma)
+
+
+def test_image_from_bytes_or_a_path(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG and more \xff")
+    requests = [
+        GenerationRequest("a", image=source)
+        for source in (b"\x89PNG and more \xff", tmp_path / "a.png", str(tmp_path / "a.png"))
+    ]
+    assert requests[0] == requests[1] == requests[2]
+    message = requests[0].encode(model="image_to_video", request_id="r1")
+    found = dict(zip([tensor.name for tensor in message.inputs], message.raw_input_contents, strict=True))
+    assert found["IMAGE"] == b"\x0f\0\0\0\x89PNG and more \xff"
+    assert set(found) >= {"BOUNDARY", "ADAPTIVE_RESOLUTION", "FIT"}
+    assert requests[0].ensemble == "image_to_video"
+    assert b"PNG" not in repr(requests[0]).encode()
+    with pytest.raises(FileNotFoundError):
+        GenerationRequest("a", image=tmp_path / "absent.png")
+    with pytest.raises(TypeError, match=r"^image: must be bytes or a path"):
+        GenerationRequest("a", image=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("values", [{"boundary": 0.8}, {"adaptive_resolution": True}, {"fit": "crop"}])
+def test_what_belongs_to_an_image_is_refused_without_one(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="belongs to an image, and there is none"):
+        GenerationRequest("a", **values)
+    GenerationRequest("a", image=b"x", **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "remarked"),
+    [({}, False), ({"num_steps": 3}, False), ({"num_steps": 2}, True), ({"num_steps": 1}, True),
+     ({"num_steps": 2, "boundary": 0.95}, False), ({"num_steps": 4, "boundary": 0.5}, True),
+     ({"num_steps": 1, "sigma_max": 5.0}, False), ({"num_steps": 9}, False)],
+)  # fmt: skip
+def test_remark_on_a_low_noise_expert_that_never_runs(values: dict[str, object], remarked: bool) -> None:
+    remark = GenerationRequest("a", image=b"x", **values).remark()
+    assert (remark is not None) == remarked
+    assert GenerationRequest("a", num_steps=1).remark() is None

@@ -13,6 +13,7 @@ from tritonclient.grpc import model_config_pb2
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 MODELS = sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt"))
+ENSEMBLES = ["text_to_video", "image_to_video"]
 NET_MODELS = [name for name in MODELS if (REPOSITORY / name / "1" / "model.py").exists()]
 
 
@@ -26,7 +27,8 @@ def string_constants(name: str) -> set[str]:
 
 
 def test_repository_holds_the_documented_models() -> None:
-    assert {"text_encoder", "denoiser", "vae_decoder", "text_to_video"} <= set(MODELS)
+    networks = {"text_encoder", "image_encoder", "denoiser", "vae_decoder"}
+    assert networks | set(ENSEMBLES) <= set(MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -57,19 +59,22 @@ def test_adapter_is_thin(name: str) -> None:
     assert len(lines) <= 120
 
 
-def test_ensemble_tensors_match_those_of_its_steps() -> None:
-    ensemble = read_config("text_to_video")
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_ensemble_tensors_match_those_of_its_steps(name: str) -> None:
+    ensemble = read_config(name)
     types = {tensor.name: (tensor.data_type, list(tensor.dims)) for tensor in ensemble.input}
     optional = {tensor.name for tensor in ensemble.input if tensor.optional}
     for step in ensemble.ensemble_scheduling.step:
         model = read_config(step.model_name)
         inputs = {tensor.name: tensor for tensor in model.input}
         outputs = {tensor.name: tensor for tensor in model.output}
-        assert set(step.input_map) == set(inputs)
+        # An ensemble may leave optional inputs of a step out: text alone has none of the image's.
+        required = {tensor.name for tensor in model.input if not tensor.optional}
+        assert required <= set(step.input_map) <= set(inputs)
         assert set(step.output_map) == set(outputs)
         for name, value in step.input_map.items():
             assert types[value] == (inputs[name].data_type, list(inputs[name].dims)), f"{step.model_name}.{name}"
-            assert inputs[name].optional == (value in optional), f"{step.model_name}.{name}"
+            assert inputs[name].optional or value not in optional, f"{step.model_name}.{name}"
         for name, value in step.output_map.items():
             assert value not in types, f"{value} is written twice"
             types[value] = (outputs[name].data_type, list(outputs[name].dims))
@@ -82,11 +87,38 @@ def test_every_optional_input_is_a_parameter_the_server_checks() -> None:
     from turbo_backend.errors import InvalidArgument
     from turbo_backend.parameters import make_parameters
 
-    for tensor in read_config("text_to_video").input:
-        if tensor.optional:
-            with pytest.raises(InvalidArgument) as caught:
-                make_parameters(SERVED["tiny"], {tensor.name: object()}, seed=1)
-            assert caught.value.field == tensor.name
+    for model in (SERVED["tiny"], SERVED["tiny-I2V"]):
+        for tensor in read_config(model.ensemble).input:
+            if tensor.optional:
+                with pytest.raises(InvalidArgument) as caught:
+                    make_parameters(model, {tensor.name: object()}, seed=1)
+                assert caught.value.field == tensor.name
+
+
+def test_image_ensemble_is_the_text_ensemble_with_an_image() -> None:
+    text, image = (read_config(name) for name in ENSEMBLES)
+    assert [tensor for tensor in image.input if tensor in text.input] == list(text.input)
+    assert image.output == text.output
+
+
+def test_image_encoder_checks_all_that_the_denoiser_does() -> None:
+    values = {tensor.name for tensor in read_config("image_to_video").input} - {"PROMPT", "IMAGE"}
+    for name in ("image_encoder", "denoiser"):
+        assert values <= {tensor.name for tensor in read_config(name).input}
+
+
+def test_sdk_knows_the_servers_sampling_times() -> None:
+    from turbo_backend.sampler import RCMSchedule
+    from turbo_client import GenerationRequest
+
+    for num_steps in (1, 2, 3, 4):
+        for sigma_max in (14.2, 80.0, 200.0):
+            last = RCMSchedule(num_steps, sigma_max).times[-2]
+            for boundary in (last - 1e-6, last + 1e-6):
+                request = GenerationRequest(
+                    "a", image=b"x", num_steps=num_steps, sigma_max=sigma_max, boundary=boundary
+                )
+                assert (request.remark() is None) == (last < boundary)
 
 
 def wire_types(tensors: object) -> dict[str, str]:
@@ -96,12 +128,12 @@ def wire_types(tensors: object) -> dict[str, str]:
 
 
 def test_sdk_speaks_the_ensembles_tensors() -> None:
-    from turbo_client._requests import INPUTS
+    from turbo_client._requests import IMAGE_INPUTS, INPUTS
     from turbo_client._responses import OUTPUTS
 
-    ensemble = read_config("text_to_video")
-    assert {name.upper(): kind for name, kind in INPUTS.items()} == wire_types(ensemble.input)
-    assert dict(OUTPUTS) == wire_types(ensemble.output)
+    for ensemble, inputs in zip(map(read_config, ENSEMBLES), (INPUTS, {**INPUTS, **IMAGE_INPUTS}), strict=True):
+        assert {name.upper(): kind for name, kind in inputs.items()} == wire_types(ensemble.input)
+        assert dict(OUTPUTS) == wire_types(ensemble.output)
 
 
 def test_sdk_sends_the_delivery_parameters_that_the_server_reads() -> None:

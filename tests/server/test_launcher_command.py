@@ -199,6 +199,8 @@ def test_a_second_signal_stops_it_at_once(tmp_path: Path, write_model: WriteMode
         (["--model", "Wan9"], 1, "TURBO_MODEL = 'Wan9': must be one of tiny"),
         (["--device", "tpu"], 1, "TURBO_DEVICE = 'tpu': must be auto, cpu, cuda or cuda:N"),
         (["--tritonserver", "/nowhere"], 1, "--tritonserver: /nowhere is not an executable file"),
+        (["--auto", "--model", "tiny"], 1, "--auto chooses what TURBO_MODEL says already"),
+        (["--auto", "--device", "cpu"], 1, "--auto needs a CUDA GPU"),
         (["--", "--grpc-port=1"], 1, "--grpc-port is set by turbodiffusion-server"),
         (["serve", "surplus"], 2, "options of tritonserver come after"),
         (["--nonsense"], 2, "No such option"),

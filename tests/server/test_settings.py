@@ -37,8 +37,11 @@ def test_settings_survive_the_environment(tmp_path: Path) -> None:
         "TURBO_QUANT_LINEAR": "true",
         "TURBO_DEVICE": "cuda:1",
         "TURBO_DTYPE": "float16",
+        "TURBO_TEXT_ENCODER_DEVICE": "cpu",
         "TURBO_NUM_THREADS": "3",
         "TURBO_TEXT_CACHE_ENTRIES": "0",
+        "TURBO_IMAGE_CACHE_ENTRIES": "3",
+        "TURBO_EXPERT_PLACEMENT": "swapped",
         "TURBO_MAX_BATCH_SIZE": "2",
     }
     settings = Settings.from_environment(environment)
@@ -55,7 +58,7 @@ def test_booleans_are_read_in_their_usual_spellings(text: str, value: bool) -> N
 @pytest.mark.parametrize(
     ("name", "value", "fits"),
     [
-        ("TURBO_MODEL", "Wan9", "one of tiny, Wan2.1-1.3B, Wan2.1-14B, Wan2.2-A14B"),
+        ("TURBO_MODEL", "Wan9", "one of tiny, tiny-I2V, Wan2.1-1.3B, Wan2.1-14B, Wan2.2-A14B"),
         ("TURBO_CHECKPOINT_DIR", "/nowhere/at/all", "an existing folder"),
         ("TURBO_DIT_CHECKPOINT", "/nowhere/a.pth", "existing files (/nowhere/a.pth is not there)"),
         ("TURBO_WEIGHTS", "none", "checkpoint or random"),
@@ -64,6 +67,9 @@ def test_booleans_are_read_in_their_usual_spellings(text: str, value: bool) -> N
         ("TURBO_DEVICE", "gpu", "auto, cpu, cuda or cuda:N"),
         ("TURBO_DEVICE", "cuda:", "auto, cpu, cuda or cuda:N"),
         ("TURBO_DTYPE", "int8", "auto, float32, bfloat16 or float16"),
+        ("TURBO_TEXT_ENCODER_DEVICE", "cuda", "auto or cpu"),
+        ("TURBO_EXPERT_PLACEMENT", "host", "auto, resident or swapped"),
+        ("TURBO_IMAGE_CACHE_ENTRIES", "-1", "greater than or equal to 0"),
         ("TURBO_NUM_THREADS", "-1", "greater than or equal to 0"),
         ("TURBO_NUM_THREADS", "two", "an integer"),
         ("TURBO_TEXT_CACHE_ENTRIES", "1.5", "an integer"),

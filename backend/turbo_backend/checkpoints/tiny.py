@@ -1,4 +1,4 @@
-"""The files of the embedded `tiny` model: shipped with the package, or made once from seeded random weights."""
+"""The files of the embedded `tiny` models: shipped with the package, or made once from seeded random weights."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ from turbo_backend.errors import CheckpointError
 _REVISION = 1
 _SEED = 20250917
 
-_NOTE = """Weights of the `tiny` model of turbodiffusion-server: random numbers drawn from a fixed seed, in the layout
+_NOTE = """Weights of a `tiny` model of turbodiffusion-server: random numbers drawn from a fixed seed, in the layout
 of the published TurboDiffusion files. They make a video without any download, but of nothing in particular.
 This folder may be deleted at any time; it is made again when needed.
 """
 
 
-def tiny_checkpoint_folder() -> Path:
-    """Folder with `tiny-T2V`, `tiny-umt5`, `tiny-VAE` (safetensors) and `tokenizer/`.
+def tiny_checkpoint_folder(model: ModelConfig = MODELS["tiny"]) -> Path:
+    """Folder with an embedded model's denoisers, `tiny-umt5`, `tiny-VAE` (safetensors) and `tokenizer/`.
 
-    Weights shipped inside the package (`turbo_backend/tiny/`) are used where there are any. Otherwise the folder is
-    made in the user's cache (`$XDG_CACHE_HOME`, else `~/.cache`), under a name that depends on the configuration.
-    It appears whole or not at all, however many processes make it at once.
+    Weights shipped inside the package (`turbo_backend/tiny/`, by the model's name) are used where there are any.
+    Otherwise the folder is made in the user's cache (`$XDG_CACHE_HOME`, else `~/.cache`), under a name that depends on
+    the configuration. It appears whole or not at all, however many processes make it at once.
 
     Raises:
         CheckpointError: the cache folder cannot be written.
     """
-    shipped = Path(turbo_backend.__file__).parent / "tiny"
+    shipped = Path(turbo_backend.__file__).parent / model.name
     if shipped.is_dir():
         return shipped
-    model = MODELS["tiny"]
-    folder = _cache_folder() / f"tiny-{_digest(model)}"
+    folder = _cache_folder() / f"{model.name}-{_digest(model)}"
     if not folder.is_dir():
         _make(model, folder)
     try:
@@ -58,8 +57,9 @@ def write_tiny_checkpoint(model: ModelConfig, folder: Path) -> None:
     """Writes the files of `model` with random weights, in the published dtypes: the VAE float32, the rest bfloat16."""
     from turbo_backend.tokenizer import write_tiny_tokenizer
 
-    (dit_name,) = (names[0] for names in model.dit_files)
-    _write_random(DenoiserLayout(model.dit, quant_linear=False).build(), folder / dit_name, torch.bfloat16)
+    for expert, names in enumerate(model.dit_files):
+        denoiser = DenoiserLayout(model.dit, quant_linear=False).build()
+        _write_random(denoiser, folder / names[0], torch.bfloat16, seed=_SEED + expert)
     _write_random(TextEncoderLayout(model.text_encoder).build(), folder / model.text_encoder_file, torch.bfloat16)
     _write_random(VAELayout(model.vae).build(), folder / model.vae_file, torch.float32)
     write_tiny_tokenizer(folder / model.tokenizer)
@@ -85,13 +85,13 @@ def _make(model: ModelConfig, folder: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write_random(network: nn.Module, path: Path, dtype: torch.dtype) -> None:
+def _write_random(network: nn.Module, path: Path, dtype: torch.dtype, *, seed: int = _SEED) -> None:
     from turbo_backend.nets.random_weights import initialize_random
 
-    initialize_random(network, _SEED, device=torch.device("cpu"), dtype=dtype)
+    initialize_random(network, seed, device=torch.device("cpu"), dtype=dtype)
     specs = network_specs(network)
     tensors = network.state_dict()
-    metadata = {"format": "pt", "source": f"seeded random weights, seed {_SEED}"}
+    metadata = {"format": "pt", "source": f"seeded random weights, seed {seed}"}
     write_safetensors(
         path.with_name(path.name + ".safetensors"), specs, lambda key: tensors[key].detach(), metadata=metadata
     )

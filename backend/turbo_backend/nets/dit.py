@@ -7,7 +7,7 @@ frames, height, width; C latent channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +140,8 @@ class WanDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config, sla=sla) for _ in range(config.num_layers))
         self.head = Head(config)
+        #: Called with a block's number once all that reads its weights is queued or done.
+        self.after_block: Callable[[int], None] | None = None
         self.requires_grad_(False)
 
     @property
@@ -264,6 +266,8 @@ class WanDiT(nn.Module):
             x_BLM = self.patch_embedding(patches_BLC)
             for layer, block in enumerate(self._typed_blocks()):
                 x_BLM = block(x_BLM, modulation[layer], context, layer, rope, attention)
+                if self.after_block is not None:
+                    self.after_block(layer)
             out_BLP = self.head(x_BLM, time_BM, provider=provider)
         return unpatchify(out_BLP, grid, config.patch_size)
 
@@ -283,6 +287,8 @@ class WanDiT(nn.Module):
         for layer, block in enumerate(blocks):
             scales = None if all_scales is None else all_scales[layer]
             run_block(block, stream, modulation[layer], context, layer, rope, attention, scales)
+            if self.after_block is not None:
+                self.after_block(layer)
         shift, scale = self.head.shift_and_scale(time_BM)
         h = stream.norm(scale_BD=scale, shift_BD=shift, eps=self.head.eps, out_dtype=torch.float32)
         assert isinstance(h, torch.Tensor)

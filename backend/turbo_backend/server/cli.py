@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from turbo_backend import __version__
-from turbo_backend.errors import TurboError
+from turbo_backend.errors import Misconfigured, TurboError
 from turbo_backend.server.binary import find_triton
 from turbo_backend.server.launcher import serve
 from turbo_backend.server.process import TritonServer
@@ -80,6 +80,9 @@ def serve_command(
     quant_linear: Annotated[
         bool | None, typer.Option("--quant-linear/--no-quant-linear", help="Int8 linears [TURBO_QUANT_LINEAR].")
     ] = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Choose model and precision by the GPU's free memory; say what was chosen.")
+    ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8001,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8000,
@@ -116,6 +119,8 @@ def serve_command(
         "TURBO_QUANT_LINEAR": None if quant_linear is None else str(quant_linear),
     }
     environment = {name: value for name, value in given.items() if value is not None}
+    if auto:
+        environment |= _choose_automatically(environment)
     settings = Settings.from_environment({**os.environ, **environment})
     for remark in unknown_variables():
         print(f"warning: {remark}", file=sys.stderr)
@@ -136,6 +141,40 @@ def serve_command(
         restarts=MAX_RESTARTS if restart else 0,
     )
     raise typer.Exit(serve(server, settings.model))
+
+
+def _choose_automatically(given: dict[str, str]) -> dict[str, str]:
+    """The variables of the configuration that the GPU's free memory admits, printed in one line on standard error.
+
+    Raises:
+        TurboError: options or variables choose already, there is no GPU, or nothing fits.
+    """
+    from turbo_backend.memory import free_bytes
+    from turbo_backend.planner import choose_configuration
+
+    chosen_already = [
+        name
+        for name in ("TURBO_MODEL", "TURBO_QUANT_LINEAR", "TURBO_TEXT_ENCODER_DEVICE")
+        if given.get(name) or os.environ.get(name, "").strip()
+    ]
+    if chosen_already:
+        raise Misconfigured(f"--auto chooses what {', '.join(chosen_already)} says already: leave one of them out")
+    kept = {name: value for name, value in os.environ.items() if name == "TURBO_DEVICE"}
+    device = Settings.from_environment({**kept, **{k: v for k, v in given.items() if k == "TURBO_DEVICE"}}).device
+    if device.type != "cuda":
+        raise Misconfigured("--auto needs a CUDA GPU: without one the tiny models are what can be served")
+    free = free_bytes(device)
+    chosen = choose_configuration(free)
+    print(
+        f"auto: {free / 2**30:.1f} GiB free on {device}: {chosen.model}, {chosen.resolution}, "
+        f"{chosen.num_steps} steps, quant_linear {'on' if chosen.quant_linear else 'off'}, text encoder on the "
+        f"{'CPU' if chosen.text_encoder_on_cpu else 'GPU'}; {chosen.memory / 2**30:.1f} GiB predicted",
+        file=sys.stderr,
+    )
+    environment = {"TURBO_MODEL": chosen.model, "TURBO_QUANT_LINEAR": str(chosen.quant_linear)}
+    if chosen.text_encoder_on_cpu:
+        environment["TURBO_TEXT_ENCODER_DEVICE"] = "cpu"
+    return environment
 
 
 @app.command("doctor")

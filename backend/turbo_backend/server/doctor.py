@@ -232,7 +232,7 @@ def _check_settings(environ: Mapping[str, str], would_use: dict[str, str]) -> It
     )
     chosen = ", ".join(f"{name}={value}" for name, value in settings.to_environment().items())
     yield Finding(name="settings", state="ok", detail=chosen or "all at their defaults")
-    if settings.model != "tiny" and device.type == "cpu":
+    if not settings.served_model.embedded and device.type == "cpu":
         detail = f"{settings.model} on a CPU takes hours for a video"
         yield Finding(name="settings", state="warning", detail=detail)
 
@@ -244,7 +244,7 @@ def _check_weights(settings: Settings) -> Iterator[Finding]:
         return
     from turbo_backend.checkpoints import find_files, tiny_checkpoint_folder
 
-    folder = settings.checkpoint_dir or tiny_checkpoint_folder()
+    folder = settings.checkpoint_dir or tiny_checkpoint_folder(settings.served_model)
     files = find_files(
         settings.served_model, folder, quant_linear=settings.quant_linear, dit=settings.dit_checkpoint or None
     )

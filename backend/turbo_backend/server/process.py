@@ -31,8 +31,9 @@ from turbo_backend.server.backend_directory import (
 from turbo_backend.server.binary import TritonInstallation, find_triton
 from turbo_backend.server.drain import wait_until_quiet
 from turbo_backend.server.ports import choose_ports, is_free
-from turbo_backend.server.repository import find_model_repository
+from turbo_backend.server.repository import FOLDER_NAME, find_model_repository, render_repository
 from turbo_backend.server.watchdog import ModelProcesses, Watchdog
+from turbo_backend.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ class TritonServer:
             client = InferenceServerClient(server.grpc_url)
 
     Args:
-        model_repository: folder of models; the committed one when absent.
+        model_repository: folder of models, served as it is; when absent, what the chosen network takes of the
+            committed one.
         installation: which tritonserver; found by `find_triton` when absent.
         host: address to listen on; loopback unless chosen otherwise.
         http_port, grpc_port, metrics_port: 0 takes a free port.
@@ -117,6 +119,7 @@ class TritonServer:
         if log_to_stderr and log_path is not None:
             raise ValueError("log_path and log_to_stderr exclude each other")
         self.model_repository = find_model_repository(model_repository)
+        self._renders = model_repository is None
         self.host = host
         self.log_path = log_path
         self.pid: int | None = None
@@ -347,7 +350,7 @@ class TritonServer:
         arguments = [
             sys.executable, "-I", "-S", supervisor.__file__,
             str(theirs.fileno()), str(self._exit_timeout + 15.0), self.shm_prefix, str(self._folder),
-            str(installation.binary), *self._server_options(backends),
+            str(installation.binary), *self._server_options(self._served_repository(), backends),
         ]  # fmt: skip
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603  (our own supervisor with checked options)
@@ -365,10 +368,18 @@ class TritonServer:
             raise Misconfigured(f"tritonserver could not be started{self._log_tail()}")
         self.pid = int(first_line)
 
-    def _server_options(self, backends: Path) -> list[str]:
+    def _served_repository(self) -> Path:
+        """The repository as given, or what the network of the settings takes of the committed one."""
+        if not self._renders:
+            return self.model_repository
+        assert self._folder is not None
+        settings = Settings.from_environment({**os.environ, **self._environment})
+        return render_repository(self.model_repository, settings.served_model, self._folder / FOLDER_NAME)
+
+    def _server_options(self, repository: Path, backends: Path) -> list[str]:
         http_port, grpc_port, metrics_port = self._ports
         options = [
-            f"--model-repository={self.model_repository}",
+            f"--model-repository={repository}",
             f"--backend-directory={backends}",
             f"--http-address={self.host}",
             f"--grpc-address={self.host}",

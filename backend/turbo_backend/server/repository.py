@@ -1,13 +1,17 @@
-"""Finds the committed model repository."""
+"""Finds the committed model repository, and renders the one to serve from it."""
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import turbo_backend
+from turbo_backend.config import ModelConfig
 from turbo_backend.errors import Misconfigured
 
 FOLDER_NAME = "model_repository"
+CONFIG_NAME = "config.pbtxt"
 
 
 def find_model_repository(explicit: Path | None = None) -> Path:
@@ -26,6 +30,29 @@ def find_model_repository(explicit: Path | None = None) -> Path:
         if candidate.is_dir():
             return _check(candidate)
     raise Misconfigured(f"no {FOLDER_NAME} in {candidates[0].parent} or {candidates[1].parent}: use --model-repository")
+
+
+def render_repository(committed: Path, model: ModelConfig, folder: Path) -> Path:
+    """Writes to `folder` the models that serving one network takes: its ensemble and the steps that this names.
+
+    So a server of a text model loads no image encoder, and a server of an image model offers no `text_to_video`.
+
+    Raises:
+        Misconfigured: the committed repository lacks one of them.
+    """
+    names = [model.ensemble, *_step_names(committed / model.ensemble / CONFIG_NAME)]
+    folder.mkdir(parents=True)
+    for name in names:
+        if not (committed / name / CONFIG_NAME).is_file():
+            raise Misconfigured(f"model repository {committed} has no {name}, which {model.name} needs")
+        shutil.copytree(committed / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def _step_names(ensemble: Path) -> list[str]:
+    if not ensemble.is_file():
+        raise Misconfigured(f"{ensemble} does not exist")
+    return re.findall(r'^\s*model_name:\s*"([^"]+)"', ensemble.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 def _check(folder: Path) -> Path:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -23,10 +25,15 @@ from turbo_backend.checkpoints import (
 )
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import Misconfigured, TurboError
+from turbo_backend.memory import free_bytes
+from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
-from turbo_backend.parameters import Delivery, make_parameters
+from turbo_backend.parameters import RESOLUTIONS, Delivery, make_parameters
+from turbo_backend.planner import choose_placement
 from turbo_backend.settings import Settings
 from turbo_backend.stages.denoiser import DenoisedStep, DenoiseRequest, DenoiserStage
+from turbo_backend.stages.experts import Experts, ResidentExperts, SwappedExperts
+from turbo_backend.stages.image_encoder import ImageEncoderStage
 from turbo_backend.stages.text_encoder import TextEncoderStage
 from turbo_backend.stages.vae_decoder import DecodeRequest, VAEDecoderStage
 from turbo_backend.tokenizer import Tokenizer
@@ -48,7 +55,12 @@ def load_text_encoder(settings: Settings) -> TextEncoderStage:
     """The text encoder stage, loaded and warm."""
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
-    encoder, fingerprint = _load(TextEncoderLayout(model.text_encoder), files.text_encoder if files else None, settings)
+    encoder, fingerprint = _load(
+        TextEncoderLayout(model.text_encoder),
+        files.text_encoder if files else None,
+        settings,
+        device=torch.device("cpu") if settings.text_encoder_device == "cpu" else None,
+    )
     stage = TextEncoderStage(
         encoder,
         Tokenizer.from_folder(files.tokenizer if files else tiny_checkpoint_folder() / "tokenizer"),
@@ -62,37 +74,89 @@ def load_text_encoder(settings: Settings) -> TextEncoderStage:
     return stage
 
 
-def load_denoiser(settings: Settings, *, ensemble: str) -> DenoiserStage:
-    """The denoiser stage, its kernels checked, loaded and warm.
+def load_image_encoder(settings: Settings) -> ImageEncoderStage:
+    """The image encoder stage, loaded; the VAE is in float32 whatever the settings say.
 
-    Args:
-        ensemble: name of the ensemble that this denoiser serves, for the replay manifest.
+    A model that takes no image gets a stage that loads nothing and refuses every request.
+    """
+    _prepare_process(settings)
+    model = settings.served_model
+    if not model.takes_image:
+        return ImageEncoderStage(None, model, cache_entries=0, fingerprint="")
+    files = _find_files(settings)
+    vae, fingerprint = _load(VAELayout(model.vae), files.vae if files else None, settings, dtype=torch.float32)
+    del vae.decoder
+    stage = ImageEncoderStage(vae, model, cache_entries=settings.image_cache_entries, fingerprint=fingerprint)
+    width, height = RESOLUTIONS[model.default_resolution]["16:9"]
+    warm = torch.zeros(1, 3, 9, height, width, device=settings.device)
+    vae.encode(warm)
+    return stage
+
+
+def load_denoiser(settings: Settings) -> DenoiserStage:
+    """The denoiser stage, its kernels checked, loaded and warm.
 
     Raises:
         Misconfigured: the chosen kernels give wrong numbers on this machine.
     """
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
-    if model.num_experts != 1:
-        raise Misconfigured(f"{model.name} has {model.num_experts} experts: the text_to_video denoiser runs one")
     check = self_check(settings.device, model.dit.head_dim, settings.provider)
     if not check.passed:
         raise Misconfigured(f"attention provider {settings.provider} fails its self-check: {check.details}")
 
     layout = DenoiserLayout(model.dit, quant_linear=settings.quant_linear)
-    net, fingerprint = _load(layout, files.dit[0] if files else None, settings)
-    net.prepare_for_inference()
+    paths = files.dit if files else (None,) * model.num_experts
+    experts, fingerprint = _load_experts(layout, paths, settings)
     stage = DenoiserStage(
-        net,
+        experts,
         model,
+        device=settings.device,
+        dtype=settings.dtype,
         provider=settings.provider,
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=_GPU_BATCH_TOKENS if settings.device.type == "cuda" else _CPU_BATCH_TOKENS,
         fingerprint=fingerprint,
-        identity={"ensemble": ensemble, "linear_kind": net.linear_kind, "self_check": "passed"},
+        identity={
+            "ensemble": model.ensemble,
+            "linear_kind": experts.select(0).linear_kind,
+            "self_check": "passed",
+        },
     )
     _warm_denoiser(stage, model)
     return stage
+
+
+def _load_experts(layout: DenoiserLayout, paths: Sequence[Path | None], settings: Settings) -> tuple[Experts, str]:
+    """The denoiser networks where they will run from, and the fingerprints of their weights."""
+    placement = settings.expert_placement
+    if len(paths) == 1:
+        placement = "resident"
+    elif placement == "auto":
+        model = settings.served_model
+        placement = "resident"
+        if settings.device.type == "cuda":
+            placement = choose_placement(
+                model,
+                make_parameters(model, {}, seed=1),
+                dtype=settings.dtype,
+                quant_linear=settings.quant_linear,
+                free=free_bytes(settings.device),
+            )
+    fingerprints: list[str] = []
+
+    def load(expert: int) -> WanDiT:
+        net, fingerprint = _load(layout, paths[expert], settings, seed=_RANDOM_SEED + expert)
+        net.prepare_for_inference()
+        fingerprints.append(fingerprint)
+        return net
+
+    experts: Experts
+    if placement == "resident":
+        experts = ResidentExperts([load(expert) for expert in range(len(paths))])
+    else:
+        experts = SwappedExperts([partial(load, expert) for expert in range(len(paths))], settings.device)
+    return experts, " ".join(fingerprints)
 
 
 def load_vae_decoder(settings: Settings) -> VAEDecoderStage:
@@ -123,7 +187,7 @@ def _find_files(settings: Settings) -> ModelFiles | None:
     """The weight files, or None where weights are random."""
     if settings.weights == "random":
         return None
-    folder = settings.checkpoint_dir or tiny_checkpoint_folder()
+    folder = settings.checkpoint_dir or tiny_checkpoint_folder(settings.served_model)
     return find_files(
         settings.served_model, folder, quant_linear=settings.quant_linear, dit=settings.dit_checkpoint or None
     )
@@ -138,17 +202,23 @@ class _Layout(Protocol[_Net]):
     def load(self, checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype) -> _Net: ...
 
 
-def _load(layout: _Layout[_Net], path: Path | None, settings: Settings) -> tuple[_Net, str]:
-    """The network on its device and the fingerprint of its weights."""
+def _load(
+    layout: _Layout[_Net],
+    path: Path | None,
+    settings: Settings,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = _RANDOM_SEED,
+) -> tuple[_Net, str]:
+    """The network and the fingerprint of its weights; device and dtype are those of the settings unless given."""
     started = time.perf_counter()
-    device, dtype = settings.device, settings.dtype
+    device, dtype = device or settings.device, dtype or settings.dtype
     if path is None:
         net = layout.build()
         on_device = device if device.type == "cuda" else None
-        initialize_random(
-            net, _RANDOM_SEED, device=device, dtype=dtype, keep_fp32=layout.keep_fp32, generator_device=on_device
-        )
-        fingerprint = f"random, seed {_RANDOM_SEED}"
+        initialize_random(net, seed, device=device, dtype=dtype, keep_fp32=layout.keep_fp32, generator_device=on_device)
+        fingerprint = f"random, seed {seed}"
     else:
         checkpoint = open_checkpoint(path)
         with ThreadPoolExecutor(1) as pool:  # hashing 28 GB takes as long as loading them
@@ -165,12 +235,15 @@ def _warm_shape(model: ModelConfig) -> tuple[int, int, int]:
 
 def _warm_denoiser(stage: DenoiserStage, model: ModelConfig) -> None:
     """One short request of each attention type at the default size."""
+    _, h, w = _warm_shape(model)
+    image_latents = torch.zeros(model.dit.in_channels - model.dit.out_channels, 3, h, w) if model.takes_image else None
     for attention_type in ("original", "sla", "sagesla"):
         request = DenoiseRequest(
             text_embeddings=torch.zeros(model.dit.text_len, model.dit.text_dim),
             text_length=8,
             values={"NUM_STEPS": 1, "NUM_FRAMES": 9, "ATTENTION_TYPE": attention_type, "SEED": 1},
             report={"stages": {}},
+            image_latents=image_latents,
             preview=True,
         )
         for _, update in stage.denoise([request]):

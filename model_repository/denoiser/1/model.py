@@ -6,6 +6,7 @@ import torch
 
 from turbo_backend import triton_adapter as triton
 from turbo_backend.errors import TurboError
+from turbo_backend.manifest import merge_reports
 from turbo_backend.parameters import make_delivery
 from turbo_backend.settings import Settings
 from turbo_backend.stages.denoiser import DenoiseRequest
@@ -22,14 +23,16 @@ FIELDS = (
     "ATTENTION_TYPE",
     "SLA_TOPK",
     "ODE",
+    "BOUNDARY",
+    "ADAPTIVE_RESOLUTION",
+    "FIT",
 )
 EMPTY_LATENTS = torch.empty(16, 0, 0, 0)
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        ensemble = json.loads(args["model_config"])["parameters"]["ensemble"]["string_value"]
-        self._stage = load_denoiser(Settings.from_environment(), ensemble=ensemble)
+        self._stage = load_denoiser(Settings.from_environment())
 
     def execute(self, requests):
         senders = [request.get_response_sender() for request in requests]
@@ -43,11 +46,13 @@ class TritonPythonModel:
     def _read(self, request):
         try:
             values = {name: triton.read_scalar(request, name) for name in FIELDS}
+            reports = [triton.read_scalar(request, name) for name in ("TEXT_REPORT", "IMAGE_REPORT")]
             return DenoiseRequest(
                 text_embeddings=triton.read_tensor(request, "TEXT_EMBEDDINGS"),
                 text_length=triton.read_scalar(request, "TEXT_LENGTH"),
                 values={name: value for name, value in values.items() if value is not None},
-                report=json.loads(triton.read_scalar(request, "TEXT_REPORT")),
+                report=merge_reports(*[json.loads(report) for report in reports if report is not None]),
+                image_latents=triton.read_optional_tensor(request, "IMAGE_LATENTS"),
                 preview=make_delivery(triton.read_parameters(request)).preview,
             )
         except TurboError as error:

@@ -1,0 +1,233 @@
+"""What serving takes of a GPU's memory, predicted before anything is loaded; and what to serve on how much of it.
+
+Every model of the server is a process with a CUDA context and a memory cache of its own, which does not give back what
+it once took: the peaks of all stages add up, though they do not happen at one time. The figures are upper estimates
+from shapes (`memory` has the workspaces), for requests that run one at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from turbo_backend.checkpoints.layouts import DenoiserLayout, TextEncoderLayout, VAELayout
+from turbo_backend.config import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig, find_model
+from turbo_backend.errors import InvalidArgument, ResourceExhausted
+from turbo_backend.memory import decoder_bytes, denoiser_bytes, encoder_bytes, text_encoder_bytes
+from turbo_backend.parameters import RESOLUTIONS, GenerationParameters, adaptive_size, make_parameters
+
+if TYPE_CHECKING:
+    from turbo_backend.checkpoints.recognise import Specs
+
+#: A CUDA context with the libraries' own buffers.
+CONTEXT_BYTES = 600 * 2**20
+
+Placement = Literal["resident", "swapped"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """Bytes that one stage's process takes of the GPU: its weights, and at most that much besides."""
+
+    weights: int
+    workspace: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.workspace + CONTEXT_BYTES
+
+
+def plan_memory(
+    model: ModelConfig,
+    parameters: GenerationParameters,
+    *,
+    dtype: torch.dtype,
+    quant_linear: bool,
+    placement: Placement = "resident",
+    text_encoder_on_cpu: bool = False,
+) -> dict[str, StageMemory]:
+    """Predicted memory of every stage on the GPU, by its name, for requests of these parameters.
+
+    Args:
+        dtype: of the networks; the image encoder's VAE is in float32 whatever this is.
+        placement: whether all experts are on the GPU or one at a time.
+        text_encoder_on_cpu: leaves that stage out.
+    """
+    device = torch.device("cuda")
+    num_experts = model.num_experts if placement == "resident" else 1
+    stages = {
+        "text_encoder": StageMemory(
+            weights=_text_encoder_weights(model.text_encoder, dtype),
+            workspace=text_encoder_bytes(model.text_encoder, model.dit.text_len, dtype),
+        ),
+        "denoiser": StageMemory(
+            weights=num_experts * _denoiser_weights(model.dit, quant_linear, dtype),
+            workspace=denoiser_bytes(model.dit, parameters, dtype, provider="triton", device=device),
+        ),
+        "vae_decoder": StageMemory(
+            weights=_vae_weights(model.vae, dtype, ("",)),
+            workspace=decoder_bytes(model.vae, parameters, dtype, device=device),
+        ),
+    }
+    if text_encoder_on_cpu:
+        del stages["text_encoder"]
+    if model.takes_image:
+        stages["image_encoder"] = StageMemory(
+            weights=_vae_weights(model.vae, torch.float32, ("encoder.", "conv1.")),
+            workspace=encoder_bytes(model.vae, parameters, device=device),
+        )
+    return stages
+
+
+def weight_bytes(specs: Specs, dtype: torch.dtype, *, keep_fp32: tuple[str, ...] = ()) -> int:
+    """Bytes of the tensors of a network that is loaded in `dtype`; int8 tensors stay, and names in `keep_fp32`."""
+
+    def item_size(name: str, stored: torch.dtype) -> int:
+        if not stored.is_floating_point:
+            return stored.itemsize
+        return 4 if any(part in name for part in keep_fp32) else dtype.itemsize
+
+    return sum(math.prod(shape) * item_size(name, stored) for name, (shape, stored) in specs.items())
+
+
+# Building even a network without memory takes a while, and every figure needs one.
+@cache
+def _text_encoder_weights(config: TextEncoderConfig, dtype: torch.dtype) -> int:
+    return weight_bytes(TextEncoderLayout(config).specs, dtype)
+
+
+@cache
+def _denoiser_weights(config: DiTConfig, quant_linear: bool, dtype: torch.dtype) -> int:
+    layout = DenoiserLayout(config, quant_linear=quant_linear)
+    return weight_bytes(layout.specs, dtype, keep_fp32=layout.keep_fp32)
+
+
+@cache
+def _vae_weights(config: VAEConfig, dtype: torch.dtype, parts: tuple[str, ...]) -> int:
+    return weight_bytes({name: spec for name, spec in VAELayout(config).specs.items() if name.startswith(parts)}, dtype)
+
+
+def choose_placement(
+    model: ModelConfig, parameters: GenerationParameters, *, dtype: torch.dtype, quant_linear: bool, free: int
+) -> Placement:
+    """Where a model's experts go: all of them on a GPU where its `free` bytes hold the other stages as well."""
+    stages = plan_memory(model, parameters, dtype=dtype, quant_linear=quant_linear)
+    return "resident" if sum(stage.peak for stage in stages.values()) <= free else "swapped"
+
+
+def check_request(
+    model: ModelConfig,
+    parameters: GenerationParameters,
+    needed: Callable[[GenerationParameters], int],
+    *,
+    free: int,
+    what: str,
+) -> None:
+    """Refuses a request that cannot fit, naming the nearest that does.
+
+    Args:
+        needed: bytes that a request takes.
+        free: bytes there are.
+        what: the work, in words.
+
+    Raises:
+        ResourceExhausted: with both figures, and the settings that fit.
+    """
+    if needed(parameters) <= free:
+        return
+    size = f"{parameters.width}x{parameters.height}, {parameters.num_frames} frames"
+    nearest = " or ".join(
+        f"{candidate.num_frames} frames at {candidate.resolution}"
+        for candidate in nearest_fitting(model, parameters, lambda candidate: needed(candidate) <= free)
+    )
+    raise ResourceExhausted(
+        f"{what} {size} needs {needed(parameters) / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
+        f"what fits: {nearest or 'nothing at this aspect ratio'}"
+    )
+
+
+def nearest_fitting(
+    model: ModelConfig, parameters: GenerationParameters, fits: Callable[[GenerationParameters], bool]
+) -> Iterator[GenerationParameters]:
+    """The most frames that fit at the same size, and the largest resolution that fits with the same frames."""
+    for num_frames in range(parameters.num_frames - 4, 0, -4):
+        fewer = dataclasses.replace(parameters, num_frames=num_frames)
+        if fits(fewer):
+            yield fewer
+            break
+    smaller = []
+    for resolution in model.resolutions:
+        width, height = RESOLUTIONS[resolution][parameters.aspect_ratio]
+        if parameters.adaptive_resolution:
+            try:
+                width, height = adaptive_size(width * height, parameters.width, parameters.height)
+            except InvalidArgument:
+                continue
+        if width * height < parameters.width * parameters.height:
+            smaller.append(dataclasses.replace(parameters, resolution=resolution, width=width, height=height))
+    fitting = [candidate for candidate in smaller if fits(candidate)]
+    if fitting:
+        yield max(fitting, key=lambda candidate: (candidate.width * candidate.height, candidate.resolution))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """What to serve on a GPU of some size, and the requests that fit it."""
+
+    model: str
+    quant_linear: bool
+    text_encoder_on_cpu: bool
+    resolution: str
+    num_steps: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes that all stages take together, in bfloat16."""
+        model = find_model(self.model)
+        stages = plan_memory(
+            model,
+            make_parameters(model, {"RESOLUTION": self.resolution}, seed=1),
+            dtype=torch.bfloat16,
+            quant_linear=self.quant_linear,
+            text_encoder_on_cpu=self.text_encoder_on_cpu,
+        )
+        return sum(stage.peak for stage in stages.values())
+
+
+def _configuration(model: str, resolution: str, num_steps: int, *, quant: bool, text_on_cpu: bool) -> Configuration:
+    return Configuration(
+        model=model, quant_linear=quant, text_encoder_on_cpu=text_on_cpu, resolution=resolution, num_steps=num_steps
+    )
+
+
+#: Best first.
+CONFIGURATIONS = (
+    _configuration("Wan2.1-14B", "720p", 4, quant=False, text_on_cpu=False),
+    _configuration("Wan2.1-14B", "720p", 4, quant=True, text_on_cpu=False),
+    _configuration("Wan2.1-14B", "720p", 4, quant=True, text_on_cpu=True),
+    _configuration("Wan2.1-14B", "480p", 4, quant=True, text_on_cpu=True),
+    _configuration("Wan2.1-1.3B", "480p", 4, quant=True, text_on_cpu=False),
+    _configuration("Wan2.1-1.3B", "480p", 2, quant=True, text_on_cpu=True),
+)
+
+
+def choose_configuration(free: int) -> Configuration:
+    """The best configuration that fits into `free` bytes of a GPU.
+
+    Raises:
+        ResourceExhausted: not even the smallest does.
+    """
+    for configuration in CONFIGURATIONS:
+        if configuration.memory <= free:
+            return configuration
+    least = CONFIGURATIONS[-1]
+    raise ResourceExhausted(
+        f"{free / 2**30:.1f} GiB of GPU memory are free; {least.model} at {least.resolution} takes "
+        f"{least.memory / 2**30:.1f} GiB"
+    )

@@ -1,0 +1,58 @@
+"""Triton adapter of the image encoder: IMAGE and parameters -> IMAGE_LATENTS, IMAGE_REPORT."""
+
+from turbo_backend import triton_adapter as triton
+from turbo_backend.errors import TurboError
+from turbo_backend.settings import Settings
+from turbo_backend.stages.image_encoder import ImageRequest
+from turbo_backend.stages.loading import load_image_encoder
+
+#: Optional inputs, checked by the stage.
+FIELDS = (
+    "SEED",
+    "NUM_STEPS",
+    "NUM_FRAMES",
+    "RESOLUTION",
+    "ASPECT_RATIO",
+    "SIGMA_MAX",
+    "ATTENTION_TYPE",
+    "SLA_TOPK",
+    "ODE",
+    "BOUNDARY",
+    "ADAPTIVE_RESOLUTION",
+    "FIT",
+)
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self._stage = load_image_encoder(Settings.from_environment())
+        self._lookups = triton.Counter(
+            "turbo_image_cache_lookups", "Images looked up in the cache of image latents, by outcome", "outcome"
+        )
+
+    def execute(self, requests):
+        read = [self._read(request) for request in requests]
+        encoded = iter(self._stage.encode([image for image in read if isinstance(image, ImageRequest)]))
+        return [
+            self._respond(request, next(encoded) if isinstance(image, ImageRequest) else image)
+            for request, image in zip(requests, read, strict=True)
+        ]
+
+    def _read(self, request):
+        try:
+            values = {name: triton.read_scalar(request, name) for name in FIELDS}
+            return ImageRequest(
+                content=triton.read_bytes(request, "IMAGE"),
+                values={name: value for name, value in values.items() if value is not None},
+            )
+        except TurboError as error:
+            return error
+
+    def _respond(self, request, outcome):
+        if isinstance(outcome, TurboError):
+            return triton.error_response(outcome, request.request_id())
+        self._lookups.increment("hit" if outcome.cache_hit else "miss")
+        return triton.response(
+            triton.write_tensor("IMAGE_LATENTS", outcome.latents),
+            triton.write_json("IMAGE_REPORT", outcome.report()),
+        )

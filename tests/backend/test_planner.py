@@ -1,0 +1,114 @@
+"""The memory planner: weights to the byte, what is chosen for how much memory, and what a refusal offers instead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from turbo_backend.checkpoints import DenoiserLayout
+from turbo_backend.config import MODELS
+from turbo_backend.errors import ResourceExhausted
+from turbo_backend.memory import denoiser_bytes
+from turbo_backend.nets.random_weights import initialize_random
+from turbo_backend.parameters import GenerationParameters, make_parameters
+from turbo_backend.planner import (
+    CONFIGURATIONS,
+    check_request,
+    choose_configuration,
+    choose_placement,
+    nearest_fitting,
+    plan_memory,
+    weight_bytes,
+)
+
+GIB = 2**30
+WAN, A14B, TINY = MODELS["Wan2.1-14B"], MODELS["Wan2.2-A14B"], MODELS["tiny"]
+
+
+def denoising(parameters: GenerationParameters) -> int:
+    return denoiser_bytes(WAN.dit, parameters, torch.bfloat16, provider="triton", device=torch.device("cuda"))
+
+
+@pytest.mark.parametrize("quant_linear", [False, True])
+def test_weights_are_those_of_the_loaded_network(quant_linear: bool) -> None:
+    layout = DenoiserLayout(TINY.dit, quant_linear=quant_linear)
+    net = layout.build()
+    cpu = torch.device("cpu")
+    initialize_random(net, 0, device=cpu, dtype=torch.bfloat16, keep_fp32=layout.keep_fp32)
+    loaded = sum(tensor.nbytes for tensor in net.state_dict().values())
+    assert weight_bytes(layout.specs, torch.bfloat16, keep_fp32=layout.keep_fp32) == loaded
+
+
+def test_published_sizes() -> None:
+    """28.6 GB in bfloat16 and 14.5 GB quantized, as published files of 14B are."""
+    for quant_linear, gigabytes in ((False, 28.6), (True, 14.5)):
+        layout = DenoiserLayout(WAN.dit, quant_linear=quant_linear)
+        size = weight_bytes(layout.specs, torch.bfloat16, keep_fp32=layout.keep_fp32)
+        assert size / 1e9 == pytest.approx(gigabytes, rel=0.03)
+
+
+def test_stages_of_a_plan() -> None:
+    parameters = make_parameters(A14B, {}, seed=1)
+    resident = plan_memory(A14B, parameters, dtype=torch.bfloat16, quant_linear=False)
+    swapped = plan_memory(A14B, parameters, dtype=torch.bfloat16, quant_linear=False, placement="swapped")
+    assert set(resident) == {"text_encoder", "image_encoder", "denoiser", "vae_decoder"}
+    assert resident["denoiser"].weights == 2 * swapped["denoiser"].weights
+    text_alone = make_parameters(WAN, {}, seed=1)
+    stages = plan_memory(WAN, text_alone, dtype=torch.bfloat16, quant_linear=False, text_encoder_on_cpu=True)
+    assert set(stages) == {"denoiser", "vae_decoder"}
+
+
+@pytest.mark.parametrize(
+    ("gib", "quant_linear", "placement"),
+    [(80, True, "resident"), (80, False, "swapped"), (139, False, "resident"), (40, True, "swapped")],
+)
+def test_placement_of_two_experts(gib: int, quant_linear: bool, placement: str) -> None:
+    parameters = make_parameters(A14B, {}, seed=1)
+    chosen = choose_placement(A14B, parameters, dtype=torch.bfloat16, quant_linear=quant_linear, free=int(gib * GIB))
+    assert chosen == placement
+
+
+@pytest.mark.parametrize(
+    ("gib", "models", "resolution", "num_steps"),
+    [
+        (11.5, {"Wan2.1-1.3B"}, "480p", 2),
+        (15.5, {"Wan2.1-1.3B"}, "480p", 2),
+        (23.5, {"Wan2.1-1.3B", "Wan2.1-14B"}, "480p", 4),
+        (39.4, {"Wan2.1-14B"}, "720p", 4),
+        (79.2, {"Wan2.1-14B"}, "720p", 4),
+    ],
+)
+def test_configuration_by_memory(gib: float, models: set[str], resolution: str, num_steps: int) -> None:
+    chosen = choose_configuration(int(gib * GIB))
+    assert chosen.model in models
+    assert (chosen.resolution, chosen.num_steps) == (resolution, num_steps)
+    assert chosen.quant_linear == (gib < 60)
+    assert chosen.memory <= gib * GIB
+
+
+def test_more_memory_never_means_less() -> None:
+    chosen = [CONFIGURATIONS.index(choose_configuration(gib * GIB)) for gib in range(11, 90)]
+    assert chosen == sorted(chosen, reverse=True)
+    with pytest.raises(ResourceExhausted, match=r"\[RESOURCE_EXHAUSTED\] 4\.0 GiB of GPU memory are free"):
+        choose_configuration(4 * GIB)
+
+
+def test_refusal_names_what_fits() -> None:
+    parameters = make_parameters(WAN, {}, seed=1)
+    free = 5 * GIB
+    with pytest.raises(ResourceExhausted) as caught:
+        check_request(WAN, parameters, denoising, free=free, what="denoising")
+    message = str(caught.value)
+    assert "denoising 1280x720, 81 frames needs 7." in message
+    fewer, smaller = nearest_fitting(WAN, parameters, lambda p: denoising(p) <= free)
+    assert f"what fits: {fewer.num_frames} frames at 720p or 81 frames at {smaller.resolution}" in message
+    assert fewer.num_frames % 4 == 1
+    more = make_parameters(WAN, {"NUM_FRAMES": fewer.num_frames + 4}, seed=1)
+    assert denoising(more) > free >= denoising(fewer)
+    assert smaller.width * smaller.height < 1280 * 720
+
+
+def test_nothing_fits() -> None:
+    parameters = make_parameters(WAN, {"RESOLUTION": "480"}, seed=1)
+    with pytest.raises(ResourceExhausted, match="nothing at this aspect ratio"):
+        check_request(WAN, parameters, denoising, free=1000, what="decoding")
