@@ -1,9 +1,25 @@
 """Settings of the whole suite."""
 
-from hypothesis import HealthCheck, settings
+from __future__ import annotations
 
+import json
+from collections.abc import Generator
+
+import pytest
 import turbo_backend  # noqa: F401  # before torch: it sets how OpenMP threads wait
+from hypothesis import HealthCheck, settings
 
 # The suite never judges by the clock: a busy machine must not fail it.
 settings.register_profile("no-clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no-clock")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
+    """Closes the run with one JSON line, after pytest's own."""
+    yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        outcomes = ("passed", "failed", "error", "skipped", "xfailed", "deselected")
+        counts = {outcome: len(reporter.stats.get(outcome, [])) for outcome in outcomes}
+        print(json.dumps({"tests": counts, "met": counts["failed"] == counts["error"] == 0 < counts["passed"]}))
