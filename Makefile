@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint test server gpu bench demo serve ci clean
+.PHONY: help setup fmt lint test server gpu bench demo serve quality train ci clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,5 +49,11 @@ demo: $(STAMP)  ## start the server, make a video from a prompt, stop the server
 
 serve: $(STAMP)  ## serve the embedded tiny model on loopback
 	$(BIN)/turbodiffusion-server serve
+
+quality: $(STAMP)  ## measure the tiny model on held-out prompts (CPU, under 10 minutes)
+	$(BIN)/python -m turbo_training quality
+
+train: $(STAMP)  ## train the tiny model from nothing into out/training (one GPU, 25 minutes)
+	$(BIN)/python -m turbo_training all --out out/training
 
 ci: lint test  ## what continuous integration runs

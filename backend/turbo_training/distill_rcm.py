@@ -1,0 +1,178 @@
+"""rCM: the guided teacher distilled to one to four steps, through the sparse student's own attention.
+
+Noise is measured by the TrigFlow angle: x = cos(a) x_0 + sin(a) eps, and the networks of the rectified flow are read as
+F = dx/da by
+
+    F(x, a) = ((c - s) x + v) / (c + s),   v = net(x / (c + s), t = s / (c + s)),   c = cos a, s = sin a
+    x_0     = c x - s F
+
+Two losses make the student (a third network, the fake score, follows the student's own samples):
+
+    consistency   g = -c sqrt(1 - r^2 s^2) (F - F_teacher) - r (c s x + c s dF/da), with dF/da along the teacher's path;
+                  g <- g / (|g| + 0.1);   100 |F - sg(F) - g|^2          r rises from 0 to 1 (tangent warm-up)
+    score         a sample y of 1 to 4 steps; d = (x_0,fake(y_a) - x_0,teacher(y_a)) / mean |y - x_0,teacher|;
+                  |y - sg(y - d)|^2
+    fake score    |y - x_0,fake(y_a)|^2 / s^2
+
+Source: rCM paper (Zheng et al.) and its published training code for the constants; sCM paper (Lu and Song) for the
+tangent and its warm-up; DMD2 paper for the score.
+
+Simplified against the paper's setting: data are the procedural world's own clips instead of teacher samples; the
+derivative is taken by forward-mode differentiation of plain attention in float32 instead of a fused kernel; the
+warm-up also scales the term with dF/da, as in the sCM paper (the published code leaves it out there); the student's
+attention is sparse from the start.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from turbo_backend.nets.dit import WanDiT
+from turbo_backend.sampler import MAX_STEPS, RCMSchedule
+from turbo_training.dit_forward import TextBatch, TrainingAttention
+from turbo_training.finetune_sla import draw_attention
+from turbo_training.flow import Batches, VelocityFn, expand, guided, velocity_of
+from turbo_training.shapes import RunShape
+from turbo_training.trainer import EMA, Stage, set_learning_rate
+
+_SIGMA_MAX = 80.0
+_CONSISTENCY, _SCORE = 100.0, 1.0
+#: One update of the student to four of the fake score.
+_STUDENT_EVERY = 5
+#: Share of the stage in which the tangent is warmed up and there is no score loss yet.
+_WARMUP = 0.12
+#: log sigma of the consistency loss is normal with these; the score's times are uniform, then shifted.
+_LOG_SIGMA_MEAN, _LOG_SIGMA_STD = 0.7, 1.6
+_SCORE_SHIFT = 5.0
+
+
+def trig_output(function: VelocityFn, x: Tensor, angle_B: Tensor, text: TextBatch) -> Tensor:
+    """F(x, a) of a rectified-flow network; differentiable, also in forward mode."""
+    c, s = expand(angle_B.cos()), expand(angle_B.sin())
+    v = function(x / (c + s), (angle_B.sin() / (angle_B.cos() + angle_B.sin())), text)
+    return ((c - s) * x + v) / (c + s)
+
+
+def denoise(output: Tensor, x: Tensor, angle_B: Tensor) -> Tensor:
+    """x_0 = cos(a) x - sin(a) F."""
+    return expand(angle_B.cos()) * x - expand(angle_B.sin()) * output
+
+
+class RCMStage(Stage):
+    """Distils; `ema` is what is kept. The fake score starts as the teacher."""
+
+    name = "rcm"
+
+    def __init__(
+        self, shape: RunShape, batches: Batches, teacher: WanDiT, student: WanDiT, *, seed: int, device: torch.device
+    ) -> None:
+        super().__init__(seed=seed, device=device)
+        self.shape, self.batches, self.teacher = shape, batches, teacher
+        self.net, self.average, self.fake = (WanDiT(shape.model.dit).to(device) for _ in range(3))
+        self.net.load_state_dict(student.state_dict())
+        self.fake.load_state_dict(teacher.state_dict())
+        self.net.requires_grad_(True)
+        self.fake.requires_grad_(True)
+        self.modules = {"net": self.net, "ema": self.average, "fake": self.fake}
+        rates: dict[str, float | tuple[float, float]] = {"lr": 0.0, "betas": (0.0, 0.999), "weight_decay": 0.01}
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), **rates)  # type: ignore[arg-type]
+        dense = [parameter for name, parameter in self.fake.named_parameters() if "proj_l" not in name]
+        self.fake_optimizer = torch.optim.AdamW(dense, **rates)  # type: ignore[arg-type]
+        self.optimizers = {"net": self.optimizer, "fake": self.fake_optimizer}
+        self._ema = EMA(self.net, self.average, decay=0.99)
+
+    def step(self, index: int, progress: float) -> dict[str, float]:
+        shape = self.shape.rcm
+        for optimizer, share in ((self.optimizer, 1.0), (self.fake_optimizer, 1.0)):
+            set_learning_rate(optimizer, share * shape.learning_rate, index, progress, warmup=20)
+        x0, text = self.batches.draw(shape.batch_size, self.generator)
+        if progress >= _WARMUP and index % _STUDENT_EVERY:
+            return {"fake": self._update_fake(x0, text, num_steps=1 + index // _STUDENT_EVERY % MAX_STEPS)}
+        attention = draw_attention(self.generator)
+        losses = {"consistency": self._consistency(x0, text, attention, warmup=min(1.0, progress / _WARMUP))}
+        if progress >= _WARMUP:
+            losses["score"] = self._score(x0, text, attention, num_steps=1 + index // _STUDENT_EVERY % MAX_STEPS)
+        self.optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        self.optimizer.step()
+        self._ema.update(index // _STUDENT_EVERY)
+        return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    def _consistency(self, x0: Tensor, text: TextBatch, attention: TrainingAttention, *, warmup: float) -> Tensor:
+        angle = torch.atan(torch.exp(_LOG_SIGMA_MEAN + _LOG_SIGMA_STD * torch.randn(len(x0), device=self.device)))
+        c, s = expand(angle.cos()), expand(angle.sin())
+        x = c * x0 + s * torch.randn_like(x0)
+        with torch.no_grad():
+            teacher = self._teacher_output(x, angle, text)
+            # cos sin dF/da along the teacher's path, in one pass of forward-mode differentiation.
+            student = velocity_of(self.net, replace(attention, explicit=True))
+            tangents = (c * s * teacher, angle.cos() * angle.sin())
+            derivative = torch.func.jvp(lambda y, a: trig_output(student, y, a, text), (x, angle), tangents)[1]
+        with self.precision():
+            output = trig_output(velocity_of(self.net, attention), x, angle, text).float()
+        held = output.detach()
+        g = -c * (1 - (warmup * s).square()).sqrt() * (held - teacher) - warmup * (c * s * x + derivative)
+        g = g / (g.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1) + 0.1)
+        return _CONSISTENCY * (output - held - g).square().flatten(1).sum(1).mean()
+
+    def _score(self, x0: Tensor, text: TextBatch, attention: TrainingAttention, *, num_steps: int) -> Tensor:
+        sample = self._simulate(x0, text, attention, num_steps, with_gradient=True)
+        angle = self._draw_score_angles(len(x0))
+        noisy = expand(angle.cos()) * sample.detach() + expand(angle.sin()) * torch.randn_like(x0)
+        with torch.no_grad():
+            real = denoise(self._teacher_output(noisy, angle, text), noisy, angle)
+            with self.precision():
+                fake = denoise(trig_output(velocity_of(self.fake), noisy, angle, text), noisy, angle)
+            weight = (sample - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-5)
+            target = sample - (fake - real) / weight
+        return _SCORE * (sample - target).square().flatten(1).sum(1).mean()
+
+    def _update_fake(self, x0: Tensor, text: TextBatch, *, num_steps: int) -> float:
+        sample = self._simulate(x0, text, draw_attention(self.generator), num_steps, with_gradient=False)
+        angle = self._draw_score_angles(len(x0))
+        noisy = expand(angle.cos()) * sample + expand(angle.sin()) * torch.randn_like(x0)
+        with self.precision():
+            estimate = denoise(trig_output(velocity_of(self.fake), noisy, angle, text), noisy, angle)
+        loss = ((sample - estimate).square() / expand(angle.sin()).square()).mean()
+        self.fake_optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.fake_optimizer.param_groups[0]["params"], 1.0)
+        self.fake_optimizer.step()
+        return float(loss.detach())
+
+    def _simulate(
+        self, like: Tensor, text: TextBatch, attention: TrainingAttention, num_steps: int, *, with_gradient: bool
+    ) -> Tensor:
+        """Clean latents as serving makes them in `num_steps`; gradients through the last step alone."""
+        student = velocity_of(self.net, attention)
+        times = RCMSchedule(num_steps, _SIGMA_MAX).times
+        angles = [math.atan2(t, 1 - t) for t in times]
+        x = math.sin(angles[0]) * torch.randn_like(like)
+        for i_step, (angle, next_angle) in enumerate(pairwise(angles)):
+            is_last = i_step == num_steps - 1
+            angle_B = torch.full((len(like),), angle, device=self.device)
+            with torch.set_grad_enabled(with_gradient and is_last), self.precision():
+                x = denoise(trig_output(student, x, angle_B, text), x, angle_B).float()
+            if not is_last:
+                x = math.cos(next_angle) * x + math.sin(next_angle) * torch.randn_like(x)
+        return x
+
+    def _teacher_output(self, x: Tensor, angle: Tensor, text: TextBatch) -> Tensor:
+        """The guided teacher's F."""
+        nothing = self.batches.texts.nothing(len(x))
+
+        def output(y: Tensor, a: Tensor, some_text: TextBatch) -> Tensor:
+            return trig_output(velocity_of(self.teacher), y, a, some_text)
+
+        with self.precision():
+            return guided(output, x, angle, text, nothing).float()
+
+    def _draw_score_angles(self, batch_size: int) -> Tensor:
+        u = torch.rand(batch_size, device=self.device)
+        t = (_SCORE_SHIFT * u / (1 + (_SCORE_SHIFT - 1) * u)).clamp(1e-3, 0.999)
+        return torch.atan2(t, 1 - t)

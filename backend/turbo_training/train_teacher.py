@@ -1,0 +1,69 @@
+"""The teacher: flow matching with dense attention, on captions of which some are dropped for guidance."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from turbo_backend.nets.dit import WanDiT
+from turbo_training.dit_forward import DENSE
+from turbo_training.flow import Batches, draw_times, expand, velocity_of
+from turbo_training.shapes import RunShape
+from turbo_training.trainer import EMA, Stage, set_learning_rate
+
+_DROPPED = 0.1
+
+
+class TeacherStage(Stage):
+    """loss = |v(x_t, t, text) - (eps - x_0)|^2, t logit-normal and shifted; `ema` is what is kept."""
+
+    name = "teacher"
+
+    def __init__(self, shape: RunShape, batches: Batches, *, seed: int, device: torch.device) -> None:
+        super().__init__(seed=seed, device=device)
+        self.shape, self.batches = shape, batches
+        self.net = WanDiT(shape.model.dit).to(device).requires_grad_(True)
+        initialize_denoiser(self.net)
+        self.average = WanDiT(shape.model.dit).to(device)
+        self.modules = {"net": self.net, "ema": self.average}
+        # proj_l takes no part in dense attention: the sparse stage begins with it.
+        parameters = [parameter for name, parameter in self.net.named_parameters() if "proj_l" not in name]
+        self.optimizer = torch.optim.AdamW(parameters, lr=0, betas=(0.9, 0.98), weight_decay=0.01)
+        self.optimizers = {"net": self.optimizer}
+        self._velocity = velocity_of(self.net, DENSE)
+        self._ema = EMA(self.net, self.average, decay=0.9995)
+
+    def step(self, index: int, progress: float) -> dict[str, float]:
+        set_learning_rate(self.optimizer, self.shape.teacher.learning_rate, index, progress, warmup=300)
+        x0, text = self.batches.draw(self.shape.teacher.batch_size, self.generator, dropped=_DROPPED)
+        noise, t = torch.randn_like(x0), draw_times(len(x0), self.device)
+        with self.precision():
+            v = self._velocity(torch.lerp(x0, noise, expand(t)), t, text)
+        loss = F.mse_loss(v, noise - x0)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        self.optimizer.step()
+        self._ema.update(index)
+        return {"loss": float(loss.detach()), "gradient": float(norm)}
+
+
+@torch.no_grad()
+def initialize_denoiser(net: WanDiT) -> None:
+    """Linears by fan-in, with gates, modulation and head starting at zero (adaLN-zero; Peebles and Xie, "DiT")."""
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+            if "proj_l" in name:
+                nn.init.zeros_(module.weight)
+    for name in ("time_embedding.0.weight", "time_embedding.2.weight"):
+        nn.init.normal_(net.get_parameter(name), std=0.02)
+    nn.init.zeros_(net.get_parameter("time_projection.1.weight"))
+    nn.init.zeros_(net.get_parameter("head.head.weight"))
+    for name, parameter in net.named_parameters():
+        if name.endswith("modulation"):
+            nn.init.normal_(parameter, std=net.config.dim**-0.5)
+            if parameter.shape[1] == 6:
+                parameter[:, (2, 5)] = 0

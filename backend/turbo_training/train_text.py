@@ -1,0 +1,165 @@
+"""The text encoder: its rows must tell, through one layer of attention, what a caption says.
+
+A probe asks the rows: one query for the scene (surroundings, light at both ends, camera) and one for each kind of
+subject (absent or its color and its motion). Cross-attention of the denoiser reads the same rows in the same way. Only
+what a caption says is asked: the camera where it is not mentioned is learned as a guess, which does no harm.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from turbo_backend.nets.umt5 import UMT5Encoder
+from turbo_backend.tokenizer import Tokenizer
+from turbo_training.captions import LANGUAGES, caption
+from turbo_training.dit_forward import TextBatch
+from turbo_training.scene import CAMERAS, COLORS, LIGHTS, MOTIONS, SUBJECTS, SURROUNDINGS, Scene, sample_scene
+from turbo_training.shapes import RunShape
+from turbo_training.text_forward import encode_text, tokenize
+from turbo_training.trainer import EMA, Stage, set_learning_rate
+
+_SCENE_SIZES = (len(SURROUNDINGS), len(LIGHTS), len(LIGHTS), len(CAMERAS))
+#: 0 says that no subject of that kind is there.
+_SUBJECT_SIZES = (1 + len(COLORS), 1 + len(MOTIONS))
+#: Share of image-to-video captions, which leave out what the image shows.
+_I2V = 0.25
+_IGNORED = -100
+
+
+class Probe(nn.Module):
+    """Learned queries attend to the rows of a text; linear heads read the answers."""
+
+    def __init__(self, text_dim: int, dim: int = 128, num_heads: int = 4) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.queries = nn.Parameter(torch.randn(1 + len(SUBJECTS), dim))
+        self.keys, self.values = nn.Linear(text_dim, dim), nn.Linear(text_dim, dim)
+        self.out = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.LayerNorm(2 * dim))
+        self.scene_head = nn.Linear(2 * dim, sum(_SCENE_SIZES))
+        self.subject_head = nn.Linear(2 * dim, sum(_SUBJECT_SIZES))
+
+    def forward(self, text: TextBatch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Logits of the scene's attributes [B, n], and of each kind's color and motion [B, kinds, n]."""
+        is_text = torch.arange(text.embeddings.shape[1], device=text.lengths.device) < text.lengths[:, None]
+        bias = torch.where(is_text, 0.0, -torch.inf)[:, None, None]
+        batch_size = len(text.lengths)
+        k, v = (
+            part(text.embeddings).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in (self.keys, self.values)
+        )
+        q = self.queries.to(k.dtype).unflatten(-1, (self.num_heads, -1)).transpose(0, 1).expand(batch_size, -1, -1, -1)
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).expand(-1, -1, q.shape[2], -1))
+        answers = self.out(read.transpose(1, 2).flatten(2))
+        scene = self.scene_head(answers[:, 0]).float().split(_SCENE_SIZES, dim=-1)
+        subjects = self.subject_head(answers[:, 1:]).float().split(_SUBJECT_SIZES, dim=-1)
+        return scene, subjects
+
+
+def answers_of(scenes: list[Scene], is_i2v: list[bool], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Right answers: scene [B, 4] and subjects [B, kinds, 2]; -100 where a caption does not say."""
+    scene_rows, subject_rows = [], []
+    for scene, hidden in zip(scenes, is_i2v, strict=True):
+        end = LIGHTS.index(scene.light_end)
+        unknown = hidden and scene.light_end == scene.light
+        scene_rows.append(
+            [
+                _IGNORED if hidden else SURROUNDINGS.index(scene.surroundings),
+                _IGNORED if hidden else LIGHTS.index(scene.light),
+                _IGNORED if unknown else end,
+                CAMERAS.index(scene.camera),
+            ]
+        )
+        by_kind = {actor.subject: actor for actor in scene.actors}
+        subject_rows.append(
+            [
+                [1 + COLORS.index(by_kind[kind].color), 1 + MOTIONS.index(by_kind[kind].motion)]
+                if kind in by_kind
+                else [0, 0]
+                for kind in SUBJECTS
+            ]
+        )
+    return torch.tensor(scene_rows, device=device), torch.tensor(subject_rows, device=device)
+
+
+class TextStage(Stage):
+    """Trains `encoder` together with a probe that is thrown away."""
+
+    name = "text"
+
+    def __init__(self, shape: RunShape, tokenizer: Tokenizer, *, seed: int, device: torch.device) -> None:
+        super().__init__(seed=seed, device=device)
+        self.shape, self.tokenizer = shape, tokenizer
+        self.encoder = UMT5Encoder(shape.model.text_encoder).to(device)
+        initialize_encoder(self.encoder)
+        self.average = UMT5Encoder(shape.model.text_encoder).to(device)
+        self.probe = Probe(shape.model.text_encoder.dim).to(device)
+        self.modules = {"encoder": self.encoder, "ema": self.average, "probe": self.probe}
+        parameters = [*self.encoder.parameters(), *self.probe.parameters()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=0, betas=(0.9, 0.98), weight_decay=0.01)
+        self.optimizers = {"text": self.optimizer}
+        self._ema = EMA(self.encoder, self.average, decay=0.995)
+
+    def step(self, index: int, progress: float) -> dict[str, float]:
+        set_learning_rate(self.optimizer, self.shape.text.learning_rate, index, progress, warmup=100)
+        scenes, hidden, captions = draw_captions(self.shape.text.batch_size, self.generator)
+        token_ids, lengths = tokenize(self.tokenizer, captions, self.device)
+        with self.precision():
+            scene_logits, subject_logits = self.probe(encode_text(self.encoder, token_ids, lengths))
+        scene_answers, subject_answers = answers_of(scenes, hidden, self.device)
+        losses = [
+            F.cross_entropy(logits, scene_answers[:, i], ignore_index=_IGNORED)
+            for i, logits in enumerate(scene_logits)
+            if (scene_answers[:, i] != _IGNORED).any()
+        ]
+        # Captions of image-to-video may say "the subject" alone.
+        said = torch.tensor([not is_hidden for is_hidden in hidden], device=self.device)
+        if said.any():
+            losses += [
+                F.cross_entropy(logits[said].flatten(0, 1), subject_answers[said, :, i].flatten())
+                for i, logits in enumerate(subject_logits)
+            ]
+        loss = torch.stack(losses).sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*self.encoder.parameters(), *self.probe.parameters()], 1.0)
+        self.optimizer.step()
+        self._ema.update(index)
+        found = {"loss": float(loss.detach())}
+        if said.any():
+            wrong = [
+                (logits[said].argmax(-1) != subject_answers[said, :, i]).float()
+                for i, logits in enumerate(subject_logits)
+            ]
+            found["wrong"] = float(torch.stack(wrong).amax((0, 2)).mean())
+        return found
+
+
+def draw_captions(batch_size: int, generator: random.Random) -> tuple[list[Scene], list[bool], list[str]]:
+    """Scenes of training with a caption each, in all languages, and which of the captions are image-to-video ones."""
+    scenes, hidden, captions = [], [], []
+    for _ in range(batch_size):
+        is_i2v = generator.random() < _I2V
+        scene = sample_scene(generator, changing_light=0.5 if is_i2v else 0.0)
+        scenes.append(scene)
+        hidden.append(is_i2v)
+        captions.append(caption(scene, generator.choice(LANGUAGES), generator, task="i2v" if is_i2v else "t2v"))
+    return scenes, hidden, captions
+
+
+@torch.no_grad()
+def initialize_encoder(encoder: UMT5Encoder) -> None:
+    """T5's initial weights: attention is not scaled, so queries start smaller by sqrt(head width)."""
+    config = encoder.config
+    head_dim = config.dim_attn // config.num_heads
+    nn.init.normal_(encoder.token_embedding.weight, std=1.0)
+    for name, parameter in encoder.named_parameters():
+        if name.endswith(("attn.q.weight",)):
+            nn.init.normal_(parameter, std=(config.dim * head_dim) ** -0.5)
+        elif name.endswith(("weight",)) and parameter.dim() == 2 and "embedding" not in name:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        elif "pos_embedding" in name:
+            nn.init.normal_(parameter, std=0.1)

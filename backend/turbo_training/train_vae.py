@@ -1,0 +1,138 @@
+"""The VAE: reconstruction, with differences between neighbouring pixels and frames as the perceptual term."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from turbo_backend.nets.vae import WanVAE
+from turbo_training.scene import sample_scene
+from turbo_training.shapes import RunShape
+from turbo_training.sheets import to_clip, to_video, write_sheet
+from turbo_training.trainer import EMA, Stage, set_learning_rate
+from turbo_training.vae_forward import decode_latents, encode_moments, fold_statistics
+from turbo_training.world import render
+
+#: Weight of the Kullback-Leibler term, a place and channel: enough to bound the latents, not to blur.
+_KL = 2e-5
+_GRADIENT = 0.5
+#: Share of clips whose frames after the first are grey, as the encoder sees the image of image-to-video.
+_GREY_TAILS = 0.1
+
+
+class VAEStage(Stage):
+    """Trains `vae` on crops of fresh clips; `ema` is what is kept.
+
+    loss = |x - y| + 0.5 |grad x - grad y| + 2e-5 KL(q(z | x), N(0, 1)),   y decoded from z ~ q(z | x)
+    """
+
+    name = "vae"
+
+    def __init__(self, shape: RunShape, *, seed: int, device: torch.device) -> None:
+        super().__init__(seed=seed, device=device)
+        self.shape = shape
+        self.vae = WanVAE(shape.model.vae).to(device)
+        self.average = WanVAE(shape.model.vae).to(device)
+        self.modules = {"vae": self.vae, "ema": self.average}
+        self.optimizer = torch.optim.AdamW(self.vae.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=1e-4)
+        self.optimizers = {"vae": self.optimizer}
+        self._ema = EMA(self.vae, self.average, decay=0.998)
+
+    def step(self, index: int, progress: float) -> dict[str, float]:
+        set_learning_rate(self.optimizer, self.shape.vae.learning_rate, index, progress, warmup=100)
+        video = self._draw_crops()
+        with self.precision():
+            mean, log_variance = encode_moments(self.vae, video)
+            z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+            decoded = decode_latents(self.vae, z)
+        pixels = (decoded - video).abs().mean()
+        edges = gradient_difference(decoded, video)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss = pixels + _GRADIENT * edges + _KL * kl
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        self.optimizer.step()
+        self._ema.update(index)
+        return {"pixels": float(pixels.detach()), "edges": float(edges.detach()), "kl": float(kl.detach())}
+
+    def _draw_crops(self) -> Tensor:
+        """[B, 3, F, crop, crop] in [-1, 1], two crops a clip."""
+        shape, draw = self.shape, self.generator
+        num_clips = max(1, shape.vae.batch_size // 2)
+        num_frames = 1 + 4 * ((min(shape.num_frames, 17) - 1) // 4)
+        scenes = [sample_scene(draw, changing_light=0.15) for _ in range(num_clips)]
+        clips = render(scenes, num_frames=num_frames, height=shape.height, width=shape.width, device=self.device)
+        crops = []
+        for clip in to_video(clips):
+            for _ in range(2):
+                top, left = draw.randint(0, shape.height - shape.crop), draw.randint(0, shape.width - shape.crop)
+                crops.append(clip[:, :, top : top + shape.crop, left : left + shape.crop])
+                if draw.random() < _GREY_TAILS:
+                    crops[-1] = torch.cat((crops[-1][:, :1], torch.zeros_like(crops[-1][:, 1:])), dim=1)
+        return torch.stack(crops)
+
+    @torch.no_grad()
+    def after(self, folder: Path) -> None:
+        """Folds the latents' statistics into the weights that are kept, and draws originals over reconstructions."""
+        self._fold(folder)
+        scenes = [sample_scene(random.Random(i), held_out=True) for i in range(4)]
+        shape = self.shape
+        clips = render(scenes, num_frames=shape.num_frames, height=shape.height, width=shape.width)
+        decoded = [to_clip(reconstruct(self.average, clip[None].to(self.device))[0]).cpu() for clip in clips]
+        pairs = [clip for pair in zip(clips, decoded, strict=True) for clip in pair]
+        names = [f"{psnr(one, two):.1f} dB" for one, two in zip(clips, decoded, strict=True)]
+        write_sheet(pairs, [text for name in names for text in ("original", name)], folder / "sheet.png")
+
+    def _fold(self, folder: Path) -> None:
+        shape, draw = self.shape, random.Random(1)
+        total = squares = torch.zeros(shape.model.vae.z_dim, device=self.device, dtype=torch.float64)
+        count = 0
+        for _ in range(4):
+            scenes = [sample_scene(draw) for _ in range(shape.vae.batch_size)]
+            clips = render(
+                scenes, num_frames=shape.num_frames, height=shape.height, width=shape.width, device=self.device
+            )
+            for clip in to_video(clips):
+                mean = encode_moments(self.average, clip[None])[0].double()
+                total = total + mean.sum((0, 2, 3, 4))
+                squares = squares + mean.square().sum((0, 2, 3, 4))
+                count += mean[:, 0].numel()
+        mean_C = total / count
+        std_C = (squares / count - mean_C.square()).clamp_min(1e-8).sqrt()
+        fold_statistics(self.average, mean_C.float(), std_C.float())
+        torch.save(self.average.state_dict(), folder / "vae.pt")
+
+
+def load_vae(shape: RunShape, folder: Path, device: torch.device) -> WanVAE:
+    """The finished VAE of a run, statistics folded in."""
+    vae = WanVAE(shape.model.vae)
+    vae.load_state_dict(torch.load(folder / "vae.pt", map_location="cpu", weights_only=True))
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def gradient_difference(x: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute difference of the gradients in time, height and width."""
+    difference = x - y
+    return sum(
+        (difference.narrow(dim, 1, difference.shape[dim] - 1) - difference.narrow(dim, 0, difference.shape[dim] - 1))
+        .abs()
+        .mean()
+        for dim in (2, 3, 4)
+        if difference.shape[dim] > 1
+    )  # type: ignore[return-value]
+
+
+def reconstruct(vae: WanVAE, clips: Tensor) -> Tensor:
+    """uint8 [B, F, H, W, 3] through the VAE, [B, 3, F, H, W] in [-1, 1]."""
+    return decode_latents(vae, encode_moments(vae, to_video(clips))[0])
+
+
+def psnr(one: Tensor, two: Tensor) -> float:
+    """Peak signal-to-noise ratio of two uint8 clips, in dB."""
+    error = F.mse_loss(one.float(), two.float())
+    return float(10 * torch.log10(255**2 / error.clamp_min(1e-6)))

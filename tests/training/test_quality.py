@@ -1,0 +1,62 @@
+"""The quality command: prompts, figures beside targets, and one real pass through the stages that serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from turbo_backend.checkpoints import tiny_checkpoint_folder
+from turbo_training.judge import ATTRIBUTES
+from turbo_training.quality import MAIN, VARIANTS, Plan, Results, Variant, draw_prompts, run_quality, summarize
+from turbo_training.scene import is_held_out
+
+
+def verdict(is_right: bool) -> dict[str, list[bool]]:
+    return {name: [is_right] for name in ATTRIBUTES}
+
+
+def filled(right_of_ten: dict[str, int]) -> Results:
+    results = Results(languages=["en", "zh"] * 5, psnr=[31.0, 33.0])
+    for name, right in right_of_ten.items():
+        for i in range(10):
+            results.add(name, verdict(i < right), 100.0)
+    return results
+
+
+def test_prompts_are_held_out_and_in_two_languages() -> None:
+    prompts = draw_prompts(20)
+    assert all(is_held_out(prompt.scene) for prompt in prompts)
+    assert [prompt.text.isascii() for prompt in prompts] == [True, False] * 10
+    assert prompts == draw_prompts(20)
+    assert len({variant.name for variant in (MAIN, *VARIANTS)}) == 1 + len(VARIANTS)
+
+
+def test_figures_stand_beside_their_targets() -> None:
+    names = {variant.name: 10 for variant in (MAIN, *VARIANTS)}
+    good = summarize(filled(names), recorded_teacher=dict.fromkeys(ATTRIBUTES, 100.0))
+    assert good["met"] is True
+    assert good["figures"]["VAE PSNR, dB"]["value"] == 32.0  # type: ignore[index]
+    assert good["speedup"]["value"] == 25.0  # type: ignore[index]
+    worse = summarize(filled({**names, Variant(num_steps=2).name: 5}))
+    figures = worse["figures"]
+    assert isinstance(figures, dict)
+    assert worse["met"] is False
+    assert [name for name, figure in figures.items() if not figure["met"]] == ["4 steps over 2, points"]
+
+
+def test_languages_are_compared() -> None:
+    results = filled({MAIN.name: 10})
+    results.verdicts[MAIN.name] = [verdict(language == "en") for language in results.languages]
+    figures = summarize(results)["figures"]
+    assert isinstance(figures, dict)
+    assert figures["English over Chinese, points"] == {"value": 100.0, "target": "<= 3", "met": False, "clips": 10}
+
+
+def test_one_prompt_through_the_stages(tmp_path: Path) -> None:
+    plan = Plan(num_prompts=2, num_variant_prompts=1, num_psnr_clips=1, num_frames=5, variants=VARIANTS[:1])
+    lines: list[str] = []
+    results = run_quality(tiny_checkpoint_folder(), plan, sheet=tmp_path / "sheet.png", say=lines.append)
+    assert [len(verdicts) for verdicts in results.verdicts.values()] == [1, 2]
+    summary = summarize(results)
+    assert set(summary) == {"figures", "speedup", "variants", "met"}
+    assert (tmp_path / "sheet.png").stat().st_size > 0
+    assert len(lines) == 3

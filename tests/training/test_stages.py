@@ -1,0 +1,105 @@
+"""Every stage of training, a few steps each; what is exported serves; a stop and a restart change nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from turbo_backend.checkpoints import DenoiserLayout, TextEncoderLayout, VAELayout, open_checkpoint
+from turbo_backend.tokenizer import Tokenizer
+from turbo_training.run import STAGES, Run
+from turbo_training.shapes import SMOKE
+from turbo_training.train_teacher import TeacherStage
+from turbo_training.trainer import Budget, run_stage
+
+pytestmark = [
+    pytest.mark.training,
+    # PyTorch's own rules for forward derivatives are loaded through what it calls deprecated.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(
+        shape=SMOKE, folder=tmp_path_factory.mktemp("run"), minutes=2, seed=3, device=torch.device("cpu"), quiet=True
+    )
+    run.train()
+    return run
+
+
+def test_every_stage_ran_with_finite_losses(run: Run) -> None:
+    for name in STAGES[:-1]:
+        lines = (run.folder / name / "losses.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len(lines) == getattr(SMOKE, name).max_steps
+        assert [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
+        assert (run.folder / name / "losses.png").stat().st_size > 0
+    rcm = [json.loads(line) for line in (run.folder / "rcm" / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {"step", "consistency", "score"} <= set().union(*rcm)
+    assert any("fake" in row for row in rcm)
+    for name in ("vae", "teacher", "sla", "rcm"):
+        assert (run.folder / name / "sheet.png").stat().st_size > 0
+
+
+def test_what_is_exported_loads_strictly(run: Run) -> None:
+    folder, model = run.folder / "weights", SMOKE.model
+    cpu, dtype = torch.device("cpu"), torch.float32
+    for name in ("tiny-T2V", "tiny-T2V-teacher"):
+        layout = DenoiserLayout(model.dit, quant_linear=False)
+        net = layout.load(open_checkpoint(folder / f"{name}.safetensors"), device=cpu, dtype=dtype)
+        assert all(torch.isfinite(tensor).all() for tensor in net.state_dict().values())
+    text = open_checkpoint(folder / "tiny-umt5.safetensors")
+    TextEncoderLayout(model.text_encoder).load(text, device=cpu, dtype=dtype)
+    VAELayout(model.vae).load(open_checkpoint(folder / "tiny-VAE.safetensors"), device=cpu, dtype=dtype)
+    tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+    assert tokenizer.vocab_size <= model.text_encoder.vocab_size
+    short, long = tokenizer.encode("a red cat spins"), tokenizer.encode("une phrase d'autre chose: ½ 🐈")
+    assert len(short) <= 8
+    assert max(long) < model.text_encoder.vocab_size
+
+
+def test_a_finished_run_does_nothing_more(run: Run) -> None:
+    before = (run.folder / "teacher" / "checkpoint.pt").stat().st_mtime_ns
+    run.train()
+    assert (run.folder / "teacher" / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_resuming_gives_the_same_weights(run: Run, tmp_path: Path) -> None:
+    batches = run.fill_batches()
+
+    def train(folder: Path, *limits: int) -> dict[str, torch.Tensor]:
+        for limit in limits:
+            stage = TeacherStage(SMOKE, batches, seed=3, device=torch.device("cpu"))
+            # The schedule follows progress: stop by an exception, as an interruption does.
+            stop_after(stage, limit)
+            try:
+                run_stage(stage, folder, Budget(max_steps=4, minutes=10), seed=3, quiet=True, save_seconds=0)
+            except InterruptedError:
+                continue
+        return {key: tensor.clone() for key, tensor in stage.average.state_dict().items()}
+
+    whole, broken = train(tmp_path / "whole", 4), train(tmp_path / "broken", 2, 4)
+    assert all(torch.equal(whole[key], broken[key]) for key in whole)
+    assert (tmp_path / "whole" / "losses.jsonl").read_text() == (tmp_path / "broken" / "losses.jsonl").read_text()
+
+
+def stop_after(stage: TeacherStage, limit: int) -> None:
+    step = stage.step
+
+    def limited(index: int, progress: float) -> dict[str, float]:
+        if index >= limit:
+            raise InterruptedError
+        return step(index, progress)
+
+    stage.step = limited  # type: ignore[method-assign]
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage(run: Run, tmp_path: Path) -> None:
+    stage = TeacherStage(SMOKE, run.fill_batches(), seed=3, device=torch.device("cpu"))
+    with torch.no_grad():
+        stage.net.patch_embedding.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="teacher: step 0"):
+        run_stage(stage, tmp_path / "broken", Budget(max_steps=4, minutes=10), seed=3, quiet=True)
