@@ -87,7 +87,7 @@ def measure() -> dict[str, object]:
     model, dtype = MODELS["tiny"], SETTINGS.dtype
     outcome: dict[str, tuple[int, int]] = {}
     for attention_type in ("original", "sla", "sagesla"):
-        values = {"SEED": 1, "NUM_STEPS": 1, "NUM_FRAMES": 33, "ATTENTION_TYPE": attention_type}
+        values = {"SEED": 1, "NUM_STEPS": 1, "NUM_FRAMES": 21, "ATTENTION_TYPE": attention_type}
         parameters = make_parameters(model, values, seed=1)
         estimate = denoiser_bytes(model.dit, parameters, dtype, provider=SETTINGS.provider, device=CPU)
         grown, (latents, report) = _growth(lambda values=values: denoise(**values))
