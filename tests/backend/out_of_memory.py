@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 HEADROOM = 40 << 20
 SETTINGS = Settings.from_environment({"TURBO_DEVICE": "cpu", "TURBO_NUM_THREADS": "2"})
 TEXT_ENCODER = load_text_encoder(SETTINGS)
-DENOISER = load_denoiser(SETTINGS, ensemble="text_to_video")
+DENOISER = load_denoiser(SETTINGS)
 VAE_DECODER = load_vae_decoder(SETTINGS)
 
 

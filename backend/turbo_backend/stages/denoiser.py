@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections import defaultdict
@@ -11,6 +12,7 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import InvalidArgument, TurboError
@@ -23,6 +25,8 @@ from turbo_backend.planner import check_request
 from turbo_backend.sampler import RCMSchedule, sample_steps
 from turbo_backend.stages.experts import Experts
 from turbo_kernels import attention_geometry
+
+_log = logging.getLogger(__name__)
 
 #: Longest side of a preview in latents; larger estimates are averaged down before they are decoded.
 _PREVIEW_SIDE = 32
@@ -140,8 +144,8 @@ class DenoiserStage:
         for index, request in enumerate(requests):
             try:
                 admitted = self._admit(index, request)
-            except TurboError as error:
-                yield index, error
+            except Exception as error:
+                yield index, as_turbo_error(error, "denoiser")
             else:
                 groups[admitted.group].append(admitted)
         runs: list[Iterator[_Update]] = []
@@ -219,6 +223,7 @@ class DenoiserStage:
             if len(members) == 1:
                 yield members[0].index, as_turbo_error(error, "denoiser")
             else:  # what fails together may do alone
+                _log.warning("%d requests failed as one batch, each now runs alone: %s", len(members), error)
                 for member in members:
                     yield from self._run_group([member])
 
@@ -254,7 +259,7 @@ class DenoiserStage:
         if experts[0]:
             yield None
         started = stepped = time.perf_counter()
-        text_embeddings = torch.stack([member.request.text_embeddings for member in members])
+        text_embeddings = pad_sequence([member.request.text_embeddings for member in members], batch_first=True)
         text_embeddings = text_embeddings.to(self._device, self._dtype)
         text_lengths = [member.request.text_length for member in members]
         images = [member.request.image_latents for member in members if member.request.image_latents is not None]

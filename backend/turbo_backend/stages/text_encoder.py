@@ -76,8 +76,8 @@ class TextEncoderStage:
             try:
                 text = _to_text(prompt)
                 read.append((text, tuple(self._tokenize(text))))
-            except InvalidArgument as error:
-                read.append(error)
+            except Exception as error:
+                read.append(as_turbo_error(error, "text_encoder"))
         wanted = {item[1] for item in read if isinstance(item, tuple)}
         known = {tokens: self._cache[tokens] for tokens in wanted if tokens in self._cache}
         fresh: dict[tuple[int, ...], torch.Tensor | TurboError] = {}

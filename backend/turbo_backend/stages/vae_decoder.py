@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from turbo_backend.errors import TurboError
+from turbo_backend.errors import InvalidArgument, TurboError
 from turbo_backend.manifest import make_manifest
 from turbo_backend.memory import as_turbo_error
 from turbo_backend.nets.vae import WanVAE
 from turbo_backend.parameters import Delivery
 from turbo_backend.video import MP4Encoder, encode_jpeg, to_uint8
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +75,10 @@ class VAEDecoderStage:
         """Decodes a batch; yields (index, update), for each request ending in a video or an error."""
         groups: dict[torch.Size, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
-            groups[request.latents.shape].append(index)
+            if request.latents.ndim == 4:
+                groups[request.latents.shape].append(index)
+            else:
+                yield index, InvalidArgument("LATENTS", list(request.latents.shape), "of shape [16, T, h, w]")
         for shape, members in groups.items():
             _, t, h, w = shape
             at_once = max(1, self._max_batch_pixels // ((4 * t - 3) * h * w * 64))
@@ -83,10 +89,11 @@ class VAEDecoderStage:
     def _decode_group(
         self, indices: Sequence[int], requests: Sequence[DecodeRequest]
     ) -> Iterator[tuple[int, DecodedChunk | DecodedVideo | TurboError]]:
-        sinks = [_VideoSink(request, self._fingerprint) for request in requests]
+        sinks: list[_VideoSink] = []
         started = time.perf_counter()
         num_chunks = requests[0].latents.shape[1]
         try:
+            sinks += [_VideoSink(request, self._fingerprint) for request in requests]
             with torch.inference_mode():
                 latents_BCThw = self._to_device(torch.stack([request.latents for request in requests]))
                 for chunk, frames_BCFHW in enumerate(self._vae.decode_chunks(latents_BCThw), start=1):
@@ -100,6 +107,7 @@ class VAEDecoderStage:
             if len(requests) == 1:
                 yield indices[0], as_turbo_error(error, "vae_decoder")
             else:  # what fails together may do alone
+                _log.warning("%d requests failed as one batch, each now runs alone: %s", len(requests), error)
                 for index, request in zip(indices, requests, strict=True):
                     yield from self._decode_group([index], [request])
             return
