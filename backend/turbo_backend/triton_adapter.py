@@ -69,6 +69,24 @@ def read_optional_tensor(request: Any, name: str) -> torch.Tensor | None:
     return None if pb_utils.get_input_tensor_by_name(request, name) is None else read_tensor(request, name)
 
 
+def read_json(request: Any, name: str) -> Mapping[str, object] | None:
+    """The report that another stage wrote, or None where it is absent.
+
+    Raises:
+        InvalidArgument: not one JSON object.
+    """
+    text = read_scalar(request, name)
+    if text is None:
+        return None
+    try:
+        report = json.loads(str(text))
+    except ValueError:
+        report = None
+    if not isinstance(report, dict):
+        raise InvalidArgument(name, text, "a JSON object, as the stage before writes it")
+    return report
+
+
 def read_parameters(request: Any) -> Mapping[str, object]:
     """The request's own parameters, which only concern delivery."""
     text = request.parameters()

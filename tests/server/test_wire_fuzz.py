@@ -128,3 +128,22 @@ def test_wire_mistakes_are_named(
     code, message = call(triton.grpc_url, tensors)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert words in message
+
+
+@pytest.mark.parametrize("report", [b"{", b"[1]", b""], ids=["torn", "array", "empty"])
+def test_broken_report_sent_straight_to_a_stage_is_named(triton: TritonServer, report: bytes) -> None:
+    request = service_pb2.ModelInferRequest(model_name="denoiser")
+    tensors = [
+        ("TEXT_EMBEDDINGS", "FP32", [1, 512, 256], bytes(4 * 512 * 256)),
+        ("TEXT_LENGTH", "INT32", [1, 1], np.int32(3).tobytes()),
+        ("TEXT_REPORT", "BYTES", [1, 1], bytes_tensor([report])),
+    ]
+    for name, datatype, shape, raw in tensors:
+        request.inputs.add(name=name, datatype=datatype, shape=shape)
+        request.raw_input_contents.append(raw)
+    with grpc.insecure_channel(triton.grpc_url) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.ModelStreamInfer(iter([request]), timeout=60, metadata=[("triton_grpc_error", "true")]))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "TEXT_REPORT" in caught.value.details()

@@ -1,7 +1,5 @@
 """Triton adapter of the denoiser: text embeddings and parameters -> one response a step, latents with the last."""
 
-import json
-
 import torch
 
 from turbo_backend import triton_adapter as triton
@@ -46,12 +44,12 @@ class TritonPythonModel:
     def _read(self, request):
         try:
             values = {name: triton.read_scalar(request, name) for name in FIELDS}
-            reports = [triton.read_scalar(request, name) for name in ("TEXT_REPORT", "IMAGE_REPORT")]
+            reports = [triton.read_json(request, name) for name in ("TEXT_REPORT", "IMAGE_REPORT")]
             return DenoiseRequest(
                 text_embeddings=triton.read_tensor(request, "TEXT_EMBEDDINGS"),
                 text_length=triton.read_scalar(request, "TEXT_LENGTH"),
                 values={name: value for name, value in values.items() if value is not None},
-                report=merge_reports(*[json.loads(report) for report in reports if report is not None]),
+                report=merge_reports(*[report for report in reports if report is not None]),
                 image_latents=triton.read_optional_tensor(request, "IMAGE_LATENTS"),
                 preview=make_delivery(triton.read_parameters(request)).preview,
             )

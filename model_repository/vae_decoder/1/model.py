@@ -51,7 +51,7 @@ class TritonPythonModel:
         return _respond("denoiser", step, count, preview=preview)
 
     def _read(self, request, latents):
-        report = json.loads(triton.read_scalar(request, "DENOISER_REPORT"))
+        report = triton.read_json(request, "DENOISER_REPORT")
         return DecodeRequest(
             latents=latents.clone(),  # the request's memory ends with execute
             report={"request_id": request.request_id(), **report},
@@ -60,23 +60,34 @@ class TritonPythonModel:
 
     def _decode_forever(self):
         while (batch := self._queue.get()) is not None:
-            senders, ids, requests = zip(*batch, strict=True)
-            for index, update in self._stage.decode(requests):
-                if isinstance(update, TurboError):
-                    triton.send(senders[index], triton.error_response(update, ids[index]), final=True)
-                elif isinstance(update, DecodedChunk):
-                    answer = _respond("vae_decoder", update.step, update.step_count)
-                    triton.send(senders[index], answer, final=False)
-                else:
-                    done = _respond(
-                        "done",
-                        update.step_count,
-                        update.step_count,
-                        video=update.mp4,
-                        frames=update.frames,
-                        report=json.dumps(update.report, ensure_ascii=False),
-                    )
-                    triton.send(senders[index], done, final=True)
+            waiting = dict(enumerate(batch))
+            try:
+                self._decode(batch, waiting)
+            except Exception as error:  # one batch's trouble must not end the worker, nor leave a caller without answer
+                told = as_turbo_error(error, "vae_decoder")
+                for sender, request_id, _ in waiting.values():
+                    triton.send(sender, triton.error_response(told, request_id), final=True)
+
+    def _decode(self, batch, waiting):
+        """Decodes a batch; a request leaves `waiting` just before its final response."""
+        for index, update in self._stage.decode([request for _, _, request in batch]):
+            sender, request_id, _ = batch[index]
+            if isinstance(update, DecodedChunk):
+                triton.send(sender, _respond("vae_decoder", update.step, update.step_count), final=False)
+                continue
+            if isinstance(update, TurboError):
+                answer = triton.error_response(update, request_id)
+            else:
+                answer = _respond(
+                    "done",
+                    update.step_count,
+                    update.step_count,
+                    video=update.mp4,
+                    frames=update.frames,
+                    report=json.dumps(update.report, ensure_ascii=False),
+                )
+            del waiting[index]
+            triton.send(sender, answer, final=True)
 
 
 def _respond(stage, step, step_count, *, preview=b"", video=b"", frames=NO_FRAMES, report=""):
