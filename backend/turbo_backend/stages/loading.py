@@ -38,6 +38,7 @@ from turbo_backend.stages.text_encoder import TextEncoderStage
 from turbo_backend.stages.vae_decoder import DecodeRequest, VAEDecoderStage
 from turbo_backend.tokenizer import Tokenizer
 from turbo_kernels import self_check
+from turbo_kernels.fp8_linear import multiplies_fp8
 
 _log = logging.getLogger(__name__)
 _Net = TypeVar("_Net", bound=nn.Module, covariant=True)
@@ -55,18 +56,25 @@ def load_text_encoder(settings: Settings) -> TextEncoderStage:
     """The text encoder stage, loaded and warm."""
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
+    device = torch.device("cpu") if settings.text_encoder_device == "cpu" else settings.device
+    quantize = settings.quant_text_encoder
+    if quantize and not (settings.dtype == torch.bfloat16 and multiplies_fp8(device)):
+        fits = "false, but for bfloat16 on a GPU of compute capability 8.9 or later"
+        raise Misconfigured(f"TURBO_QUANT_TEXT_ENCODER = true: must be {fits}; this is {settings.dtype} on {device}")
     encoder, fingerprint = _load(
         TextEncoderLayout(model.text_encoder),
         files.text_encoder if files else None,
         settings,
-        device=torch.device("cpu") if settings.text_encoder_device == "cpu" else None,
+        # A small GPU may not hold the weights before they are quantised.
+        device=torch.device("cpu") if quantize and files else device,
     )
+    encoder.prepare_for_inference(device, quantize=quantize, max_tokens=model.dit.text_len)
     stage = TextEncoderStage(
         encoder,
         Tokenizer.from_folder(files.tokenizer if files else tiny_checkpoint_folder() / "tokenizer"),
         text_len=model.dit.text_len,
         cache_entries=settings.text_cache_entries,
-        fingerprint=fingerprint,
+        fingerprint=f"{fingerprint}, as e4m3" if quantize else fingerprint,
     )
     (warm,) = stage.encode(["warm-up"])
     if isinstance(warm, TurboError):

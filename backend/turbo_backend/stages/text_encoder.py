@@ -123,10 +123,9 @@ class TextEncoderStage:
     def _run(self, sequences: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], torch.Tensor]:
         if not sequences:
             return {}
-        device = next(self._encoder.parameters()).device
         longest = max(map(len, sequences))
-        ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences], device=device)
-        embeddings = self._encoder(ids, [len(tokens) for tokens in sequences]).float().cpu()
+        ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences])
+        embeddings = self._encoder(ids, [len(tokens) for tokens in sequences]).cpu().float()
         return {tokens: row[: len(tokens)].clone() for tokens, row in zip(sequences, embeddings, strict=True)}
 
     def _remember(self, *groups: Mapping[tuple[int, ...], torch.Tensor | TurboError]) -> None:
