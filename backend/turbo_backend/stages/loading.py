@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -187,6 +188,9 @@ def load_vae_decoder(settings: Settings) -> VAEDecoderStage:
 
 def _prepare_process(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
+    # The thread that feeds the MP4 encoder asks for the interpreter a few times a frame; at Python's 5 ms each it would
+    # wait longer for a thread that launches kernels than the encoding takes.
+    sys.setswitchinterval(0.0005)
     if settings.device.type == "cuda":
         torch.cuda.set_device(settings.device)
 
