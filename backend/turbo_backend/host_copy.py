@@ -19,10 +19,10 @@ class HostCopy:
         self._arrival: torch.cuda.Event | None = None
         if tensor.is_cuda:
             # Sleeps while it waits: other threads have use for the processor.
-            self._arrival = torch.cuda.Event(blocking=True)
+            self._arrival = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
-            self._arrival.record()  # type: ignore[no-untyped-call]
+            self._arrival.record()
         else:
             self._host = tensor
 
