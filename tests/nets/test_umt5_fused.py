@@ -70,7 +70,8 @@ def test_e4m3_rows(encoder: UMT5Encoder) -> None:
 
 def test_on_the_cpu_nothing_changes(encoder: UMT5Encoder) -> None:
     net = deepcopy(encoder)
-    net.prepare_for_inference(CPU, max_tokens=64)
+    net.prepare_for_inference(CPU)
+    net.warm_up(64)
     tokens = draw_tokens(40)
     assert torch.equal(net(tokens[None], [40]), encoder(tokens[None], [40]))
 
@@ -84,7 +85,8 @@ def test_recorded_on_the_gpu(encoder: UMT5Encoder, quantize: bool) -> None:
     device = torch.device("cuda", 0)
     plain = deepcopy(encoder).bfloat16().to(device)
     net = deepcopy(encoder).bfloat16()
-    net.prepare_for_inference(device, quantize=quantize, max_tokens=64)
+    net.prepare_for_inference(device, quantize=quantize)
+    net.warm_up(64)
     tokens = [draw_tokens(length) for length in LENGTHS]
     batched = net(_padded(tokens), LENGTHS)
     for one, length, row in zip(tokens, LENGTHS, batched, strict=True):

@@ -144,7 +144,7 @@ class UMT5Encoder(nn.Module):
         return self.norm.weight.device
 
     @torch.no_grad()
-    def prepare_for_inference(self, device: torch.device, *, quantize: bool = False, max_tokens: int = 0) -> None:
+    def prepare_for_inference(self, device: torch.device, *, quantize: bool = False) -> None:
         """Moves loaded weights to where they run and suits them to it; call it once, after loading.
 
         On a GPU in 16 bits the projections of q, k and v become one product, and so do those of gate and fc1, under
@@ -156,18 +156,20 @@ class UMT5Encoder(nn.Module):
             quantize: turn the linears of the blocks into e4m3 ones (`Fp8Linear`), one at a time, and keep the token
                 table, of which a prompt takes a few rows, in the host's memory; for a bfloat16 network on a GPU that
                 multiplies e4m3.
-            max_tokens: the longest prompt for which everything is compiled and recorded now.
         """
         if quantize:
             quantize_to_fp8(self, device)
             self.token_embedding.cpu()
             self.blocks.to(device)
             self.norm.to(device)
-            torch.cuda.empty_cache()
         else:
             self.to(device)
         if device.type == "cuda" and self.norm.weight.dtype != torch.float32:
             self._fused = FusedEncoder(self)
+
+    def warm_up(self, max_tokens: int) -> None:
+        """Compiles and records now, on a GPU, what prompts of up to `max_tokens` tokens will run."""
+        if self._fused is not None:
             self._fused.record(max_tokens)
 
     def bias_by_distance(self, num_tokens: int) -> Tensor:

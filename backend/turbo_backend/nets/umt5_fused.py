@@ -69,6 +69,7 @@ class FusedEncoder:
         for block in self._blocks:
             lay_side_by_side(_projections(block))
             lay_side_by_side(_gate_and_up(block))
+            torch.cuda.empty_cache()  # else the separate weights' memory would pile up: as much again
         self._recordings: dict[int, _Recording] = {}
 
     def record(self, max_tokens: int) -> None:

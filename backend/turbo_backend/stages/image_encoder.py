@@ -13,7 +13,7 @@ import torch
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import InvalidArgument, TurboError
 from turbo_backend.image import ImageHeader, crop_box, decode_image, read_header, resize_image, to_unit_range
-from turbo_backend.memory import as_turbo_error, encoder_bytes, free_bytes
+from turbo_backend.memory import as_turbo_error, encoder_bytes, free_bytes, gpu_peak
 from turbo_backend.nets.vae import WanVAE
 from turbo_backend.parameters import GenerationParameters, make_parameters
 from turbo_backend.planner import check_request
@@ -52,7 +52,7 @@ class EncodedImage:
 
     def report(self) -> dict[str, object]:
         """What later stages pass on to the caller."""
-        stage = {"milliseconds": round(self.milliseconds, 2), "cache_hit": self.cache_hit}
+        stage = {"milliseconds": round(self.milliseconds, 2), "cache_hit": self.cache_hit, **gpu_peak()}
         return {
             "image": dict(self.facts),
             "notes": list(self.notes),

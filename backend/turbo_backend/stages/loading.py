@@ -26,7 +26,7 @@ from turbo_backend.checkpoints import (
 )
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import Misconfigured, TurboError
-from turbo_backend.memory import free_bytes
+from turbo_backend.memory import free_bytes, settle_gpu
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.parameters import RESOLUTIONS, Delivery, make_parameters
@@ -69,7 +69,9 @@ def load_text_encoder(settings: Settings) -> TextEncoderStage:
         # A small GPU may not hold the weights before they are quantised.
         device=torch.device("cpu") if quantize and files else device,
     )
-    encoder.prepare_for_inference(device, quantize=quantize, max_tokens=model.dit.text_len)
+    encoder.prepare_for_inference(device, quantize=quantize)
+    settle_gpu(device)
+    encoder.warm_up(model.dit.text_len)
     stage = TextEncoderStage(
         encoder,
         Tokenizer.from_folder(files.tokenizer if files else tiny_checkpoint_folder() / "tokenizer"),
@@ -95,6 +97,7 @@ def load_image_encoder(settings: Settings) -> ImageEncoderStage:
     files = _find_files(settings)
     vae, fingerprint = _load(VAELayout(model.vae), files.vae if files else None, settings, dtype=torch.float32)
     del vae.decoder
+    settle_gpu(settings.device)
     stage = ImageEncoderStage(vae, model, cache_entries=settings.image_cache_entries, fingerprint=fingerprint)
     width, height = RESOLUTIONS[model.default_resolution]["16:9"]
     warm = torch.zeros(1, 3, 9, height, width, device=settings.device)
@@ -157,6 +160,7 @@ def _load_experts(layout: DenoiserLayout, paths: Sequence[Path | None], settings
     def load(expert: int) -> WanDiT:
         net, fingerprint = _load(layout, paths[expert], settings, seed=_RANDOM_SEED + expert)
         net.prepare_for_inference()
+        settle_gpu(settings.device)
         fingerprints.append(fingerprint)
         return net
 
@@ -173,6 +177,7 @@ def load_vae_decoder(settings: Settings) -> VAEDecoderStage:
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
     vae, fingerprint = _load(VAELayout(model.vae), files.vae if files else None, settings)
+    settle_gpu(settings.device)
     stage = VAEDecoderStage(vae, max_batch_pixels=_BATCH_PIXELS, fingerprint=fingerprint)
     _, h, w = _warm_shape(model)
     request = DecodeRequest(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from turbo_backend.errors import InvalidArgument, TurboError
-from turbo_backend.memory import as_turbo_error
+from turbo_backend.memory import as_turbo_error, gpu_peak
 from turbo_backend.nets.umt5 import UMT5Encoder
 from turbo_backend.tokenizer import Tokenizer, clean_prompt
 
@@ -42,7 +42,12 @@ class EncodedPrompt:
 
     def report(self) -> dict[str, object]:
         """What later stages pass on to the caller."""
-        stage = {"milliseconds": round(self.milliseconds, 2), "num_tokens": self.length, "cache_hit": self.cache_hit}
+        stage = {
+            "milliseconds": round(self.milliseconds, 2),
+            "num_tokens": self.length,
+            "cache_hit": self.cache_hit,
+            **gpu_peak(),
+        }
         weights = {"text_encoder": self.fingerprint}
         return {"prompt": self.prompt, "stages": {"text_encoder": stage}, "weights": weights}
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from turbo_backend.errors import InvalidArgument, TurboError
 from turbo_backend.host_copy import HostCopy
 from turbo_backend.manifest import make_manifest
-from turbo_backend.memory import as_turbo_error
+from turbo_backend.memory import as_turbo_error, gpu_peak
 from turbo_backend.nets.vae import WanVAE
 from turbo_backend.parameters import Delivery
 from turbo_backend.video import MP4Encoder, encode_jpeg, to_uint8, to_yuv420
@@ -188,7 +188,7 @@ class _VideoSink:
         report = dict(self._report)
         report["stages"] = {
             **report["stages"],  # type: ignore[dict-item]
-            "vae_decoder": {"milliseconds": round(decode_milliseconds, 2), "batch_size": batch_size},
+            "vae_decoder": {"milliseconds": round(decode_milliseconds, 2), "batch_size": batch_size, **gpu_peak()},
             "video_encoder": {
                 "milliseconds": round(self._encoder.milliseconds, 2) if self._encoder else 0.0,
                 "milliseconds_after_decode": round(waited, 2),
