@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint test server gpu bench demo serve quality train ci clean
+.PHONY: help setup fmt lint test server gpu bench bench-gpu demo serve quality train ci clean
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,9 @@ gpu: $(STAMP)  ## only the tests that need a CUDA GPU
 bench: $(STAMP)  ## serving overhead, batching, loading memory (CPU, tiny model)
 	$(BIN)/python tests/benches/bench_serving.py
 	$(BIN)/python tests/benches/bench_checkpoint_memory.py
+
+bench-gpu: $(STAMP)  ## the table of targets on one CUDA GPU, each part's oracle before its times
+	$(BIN)/python tests/benches/bench_gpu.py
 
 demo: $(STAMP)  ## start the server, make a video from a prompt, stop the server
 	$(BIN)/python deploy/demo.py

@@ -1,0 +1,64 @@
+"""Rows of `bench_gpu.py`: UMT5-xxl on one prompt, bf16, random weights.
+
+Gate: over two layers of real width, the error against fp32 is at most twice that of transformers in bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from gpu_rows import CUDA, Row, Target, peak_memory, profile, relative_rmse, time_ms
+from reference_nets import umt5_of_transformers
+
+from turbo_backend.config import TextEncoderConfig
+from turbo_backend.nets.random_weights import initialize_random
+from turbo_backend.nets.umt5 import UMT5Encoder
+
+#: text-TOKENS.
+TARGETS = {"text-512": Target(16, None, 29), "text-60": Target(8)}
+
+
+def make_encoder(config: TextEncoderConfig, dtype: torch.dtype) -> UMT5Encoder:
+    with torch.device("meta"):
+        net = UMT5Encoder(config)
+    initialize_random(net, 0, device=CUDA, dtype=dtype, generator_device=CUDA)
+    return net
+
+
+def draw_tokens(config: TextEncoderConfig, count: int) -> torch.Tensor:
+    return torch.randint(0, config.vocab_size, (1, count), generator=torch.Generator().manual_seed(count))
+
+
+def check() -> Row:
+    config = replace(TextEncoderConfig(), num_layers=2)
+    rounded = make_encoder(config, torch.bfloat16)
+    exact_net = make_encoder(config, torch.float32)
+    exact_net.load_state_dict(rounded.state_dict())
+    theirs = umt5_of_transformers(rounded)
+    errors: Row = {}
+    passed = []
+    for count in (60, 512):
+        tokens = draw_tokens(config, count)
+        exact = exact_net(tokens, [count])
+        with torch.no_grad():
+            plain = relative_rmse(theirs(tokens.to(CUDA)).last_hidden_state, exact)
+        error = relative_rmse(rounded(tokens, [count]), exact)
+        errors |= {f"error_{count}": error, f"transformers_{count}": plain}
+        passed.append(error <= 2 * plain)
+    return {**errors, "passed": all(passed)}
+
+
+def measure(names: Sequence[str], profiled: Sequence[str]) -> Iterator[Row]:
+    net = make_encoder(TextEncoderConfig(), torch.bfloat16)
+    for name in names:
+        count = int(name.split("-")[1])
+        tokens = draw_tokens(net.config, count)
+
+        def run(tokens: torch.Tensor = tokens, count: int = count) -> torch.Tensor:
+            return net(tokens, [count])
+
+        with peak_memory() as peak:
+            row = TARGETS[name].row(name, time_ms(run, repeats=9), peak_gib=peak())
+        yield row | {"profile": profile(run)} if name in profiled else row
