@@ -154,9 +154,7 @@ class ImageEncoderStage:
         )
         width, height = parameters.width, parameters.height
         pixels_CHW = resize_image(decode_image(content), width=width, height=height, fit=parameters.fit)
-        video_BCFHW = torch.zeros(1, 3, parameters.num_frames, height, width, device=device)
-        video_BCFHW[0, :, 0] = to_unit_range(pixels_CHW)
-        latents_CThw = vae.encode(video_BCFHW)[0].cpu()
+        latents_CThw = vae.encode_image(to_unit_range(pixels_CHW).to(device), num_frames=parameters.num_frames).cpu()
         if not torch.isfinite(latents_CThw).all():
             raise TurboError("image_encoder gave latents that are not finite")
         mask = latents_CThw.new_zeros(self._model.num_mask_channels, *latents_CThw.shape[1:])

@@ -100,8 +100,7 @@ def load_image_encoder(settings: Settings) -> ImageEncoderStage:
     settle_gpu(settings.device)
     stage = ImageEncoderStage(vae, model, cache_entries=settings.image_cache_entries, fingerprint=fingerprint)
     width, height = RESOLUTIONS[model.default_resolution]["16:9"]
-    warm = torch.zeros(1, 3, 9, height, width, device=settings.device)
-    vae.encode(warm)
+    vae.encode_image(torch.zeros(3, height, width, device=settings.device), num_frames=model.default_num_frames)
     return stage
 
 
