@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -192,9 +191,6 @@ def load_vae_decoder(settings: Settings) -> VAEDecoderStage:
 
 def _prepare_process(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
-    # The thread that feeds the MP4 encoder asks for the interpreter a few times a frame; at Python's 5 ms each it would
-    # wait longer for a thread that launches kernels than the encoding takes.
-    sys.setswitchinterval(0.0005)
     if settings.device.type == "cuda":
         torch.cuda.set_device(settings.device)
 
@@ -250,14 +246,20 @@ def _warm_shape(model: ModelConfig) -> tuple[int, int, int]:
 
 
 def _warm_denoiser(stage: DenoiserStage, model: ModelConfig) -> None:
-    """One short request of each attention type at the default size."""
+    """One request of each attention type at the default size, that of the default type in full length.
+
+    Prompts of up to 31, of up to 63 and of more tokens take kernels of their own.
+    """
     _, h, w = _warm_shape(model)
-    image_latents = torch.zeros(model.dit.in_channels - model.dit.out_channels, 3, h, w) if model.takes_image else None
-    for attention_type in ("original", "sla", "sagesla"):
+    conditioned = model.dit.in_channels - model.dit.out_channels
+    full = model.default_num_frames
+    for attention_type, num_frames, text_length in (("original", 9, 8), ("sla", 9, 48), ("sagesla", full, 96)):
+        num_latents = 1 + (num_frames - 1) // 4
+        image_latents = torch.zeros(conditioned, num_latents, h, w) if model.takes_image else None
         request = DenoiseRequest(
             text_embeddings=torch.zeros(model.dit.text_len, model.dit.text_dim),
-            text_length=8,
-            values={"NUM_STEPS": 1, "NUM_FRAMES": 9, "ATTENTION_TYPE": attention_type, "SEED": 1},
+            text_length=text_length,
+            values={"NUM_STEPS": 1, "NUM_FRAMES": num_frames, "ATTENTION_TYPE": attention_type, "SEED": 1},
             report={"stages": {}},
             image_latents=image_latents,
             preview=True,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from turbo_backend.errors import InvalidArgument, TurboError
 from turbo_backend.memory import as_turbo_error, gpu_peak
@@ -39,6 +40,10 @@ class EncodedPrompt:
     @property
     def length(self) -> int:
         return self.embeddings.shape[0]
+
+    def padded(self, num_rows: int) -> torch.Tensor:
+        """float32 `[num_rows, text_dim]`: zeros behind the embeddings."""
+        return F.pad(self.embeddings, (0, 0, 0, num_rows - self.length))
 
     def report(self) -> dict[str, object]:
         """What later stages pass on to the caller."""

@@ -29,9 +29,6 @@ from turbo_backend.video import MP4Encoder, encode_jpeg, to_uint8, to_yuv420
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-#: Latent frames decoded at once. Bits may differ between them, so it hangs on nothing but the kind of device.
-_CHUNK_LATENTS = {"cuda": 4, "cpu": 1}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeRequest:
@@ -102,14 +99,14 @@ class VAEDecoderStage:
     ) -> Iterator[tuple[int, DecodedChunk | DecodedVideo | TurboError]]:
         sinks: list[_VideoSink] = []
         started = time.perf_counter()
-        chunk_latents = _CHUNK_LATENTS[self._device.type]
-        num_chunks = 1 + -(-(requests[0].latents.shape[1] - 1) // chunk_latents)
+        num_chunks = requests[0].latents.shape[1]
         try:
             sinks += [_VideoSink(request, self._fingerprint) for request in requests]
             with torch.inference_mode():
                 latents_BCThw = torch.stack([request.latents for request in requests]).to(self._device)
-                chunks = self._vae.decode_chunks(latents_BCThw, chunk_latents=chunk_latents)
-                for chunk, arrived in enumerate(_one_behind(self._copy_out(chunks, sinks)), start=1):
+                # One latent frame at a time: more decode no faster and leave the encoder more at the end.
+                chunks = self._copy_out(self._vae.decode_chunks(latents_BCThw), sinks)
+                for chunk, arrived in enumerate(_one_behind(chunks), start=1):
                     for sink, frames in zip(sinks, arrived, strict=True):
                         sink.add(frames.wait())
                     for index in indices:
