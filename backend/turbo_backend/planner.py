@@ -1,15 +1,16 @@
 """What serving takes of a GPU's memory, predicted before anything is loaded; and what to serve on how much of it.
 
-Every model of the server is a process with a CUDA context and a memory cache of its own, which does not give back what
-it once took: the peaks of all stages add up, though they do not happen at one time. The figures are upper estimates
-from shapes (`memory` has the workspaces), for requests that run one at a time.
+Every model of the server is a process with a CUDA context, weights and a memory cache of its own. What it takes besides
+its weights it gives back after each request, so that of the workspaces those add up whose stages work at one time: for
+requests that come one at a time, or overlap in two stages, the two largest. The figures are estimates from shapes, held
+against measured peaks (`memory` has the workspaces).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal
@@ -25,8 +26,9 @@ from turbo_backend.parameters import RESOLUTIONS, GenerationParameters, adaptive
 if TYPE_CHECKING:
     from turbo_backend.checkpoints.recognise import Specs
 
-#: A CUDA context with the libraries' own buffers.
-CONTEXT_BYTES = 600 * 2**20
+#: A CUDA context with the libraries' own buffers, of a stage's process and of the server itself.
+CONTEXT_BYTES = 760 * 2**20
+SERVER_BYTES = 590 * 2**20
 
 Placement = Literal["resident", "swapped"]
 
@@ -87,6 +89,12 @@ def plan_memory(
     return stages
 
 
+def total_bytes(stages: Mapping[str, StageMemory]) -> int:
+    """What a server of these stages takes of one GPU when two of them work at once."""
+    held = SERVER_BYTES + sum(stage.weights + CONTEXT_BYTES for stage in stages.values())
+    return held + sum(sorted(stage.workspace for stage in stages.values())[-2:])
+
+
 def weight_bytes(specs: Specs, dtype: torch.dtype, *, keep_fp32: tuple[str, ...] = ()) -> int:
     """Bytes of the tensors of a network that is loaded in `dtype`; int8 tensors stay, and names in `keep_fp32`."""
 
@@ -126,7 +134,7 @@ def choose_placement(
 ) -> Placement:
     """Where a model's experts go: all of them on a GPU where its `free` bytes hold the other stages as well."""
     stages = plan_memory(model, parameters, dtype=dtype, quant_linear=quant_linear)
-    return "resident" if sum(stage.peak for stage in stages.values()) <= free else "swapped"
+    return "resident" if total_bytes(stages) <= free else "swapped"
 
 
 def check_request(
@@ -205,7 +213,7 @@ class Configuration:
             quant_linear=self.quant_linear,
             text_encoder_on_cpu=self.text_encoder_on_cpu,
         )
-        return sum(stage.peak for stage in stages.values())
+        return total_bytes(stages)
 
 
 def _configuration(model: str, resolution: str, num_steps: int, *, quant: bool, text_on_cpu: bool) -> Configuration:

@@ -71,6 +71,7 @@ def load_text_encoder(settings: Settings) -> TextEncoderStage:
     encoder.prepare_for_inference(device, quantize=quantize)
     settle_gpu(device)
     encoder.warm_up(model.dit.text_len)
+    settle_gpu(device)
     stage = TextEncoderStage(
         encoder,
         Tokenizer.from_folder(files.tokenizer if files else tiny_checkpoint_folder() / "tokenizer"),
@@ -100,6 +101,7 @@ def load_image_encoder(settings: Settings) -> ImageEncoderStage:
     stage = ImageEncoderStage(vae, model, cache_entries=settings.image_cache_entries, fingerprint=fingerprint)
     width, height = RESOLUTIONS[model.default_resolution]["16:9"]
     vae.encode_image(torch.zeros(3, height, width, device=settings.device), num_frames=model.default_num_frames)
+    settle_gpu(settings.device)
     return stage
 
 
