@@ -138,11 +138,8 @@ class VAEDecoderStage:
     @staticmethod
     def _copy_out(chunks: Iterator[torch.Tensor], sinks: Sequence[_VideoSink]) -> Iterator[list[HostCopy]]:
         """Of each chunk every sink's frames as it wants them, on their way to the host."""
-        for i, frames_BCFHW in enumerate(chunks):
+        for frames_BCFHW in chunks:
             yield [HostCopy(sink.convert(one)) for sink, one in zip(sinks, frames_BCFHW[:, None], strict=True)]
-            if i == 0:
-                # A video's first frame takes memory in other shapes than the rest, which would lie idle among theirs.
-                release_workspace()
 
 
 def _one_behind(items: Iterator[_T]) -> Iterator[_T]:
