@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CONTEXT_BYTES = 760 * 2**20
 SERVER_BYTES = 590 * 2**20
 
-Placement = Literal["resident", "swapped"]
+Placement = Literal["resident", "spread", "swapped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ def plan_memory(
 
     Args:
         dtype: of the networks; the image encoder's VAE is in float32 whatever this is.
-        placement: whether all experts are on the GPU or one at a time.
+        placement: whether all experts are on this GPU, or one alone (`spread`), or one at a time.
         text_encoder_on_cpu: leaves that stage out.
         quant_text_encoder: its blocks' linears in e4m3, its token table in the host's memory.
     """
@@ -130,11 +130,36 @@ def _vae_weights(config: VAEConfig, dtype: torch.dtype, parts: tuple[str, ...]) 
 
 
 def choose_placement(
-    model: ModelConfig, parameters: GenerationParameters, *, dtype: torch.dtype, quant_linear: bool, free: int
+    model: ModelConfig,
+    parameters: GenerationParameters,
+    *,
+    dtype: torch.dtype,
+    quant_linear: bool,
+    quant_text_encoder: bool = False,
+    free: int,
+    free_beside: int = 0,
 ) -> Placement:
-    """Where a model's experts go: all of them on a GPU where its `free` bytes hold the other stages as well."""
-    stages = plan_memory(model, parameters, dtype=dtype, quant_linear=quant_linear)
-    return "resident" if total_bytes(stages) <= free else "swapped"
+    """Where a model's experts go: all on a GPU that holds them and the other stages, else each on one of two, else one.
+
+    Args:
+        free: bytes of the GPU that all stages are on.
+        free_beside: bytes of another GPU, for the second expert alone.
+    """
+
+    def plan(placement: Placement) -> dict[str, StageMemory]:
+        return plan_memory(
+            model,
+            parameters,
+            dtype=dtype,
+            quant_linear=quant_linear,
+            quant_text_encoder=quant_text_encoder,
+            placement=placement,
+        )
+
+    if total_bytes(plan("resident")) <= free:
+        return "resident"
+    spread = plan("spread")
+    return "spread" if total_bytes(spread) <= free and spread["denoiser"].peak <= free_beside else "swapped"
 
 
 def check_request(
