@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from turbo_backend import cancellation
 from turbo_backend.errors import Misconfigured
 from turbo_backend.server import supervisor
 from turbo_backend.server.backend_directory import (
@@ -346,6 +347,7 @@ class TritonServer:
         self._folder = Path(tempfile.mkdtemp(prefix=f"{self._server_id}-"))
         backends = assemble_backend_directory(installation, self._folder)
         environment = server_environment(installation, self._folder, {**os.environ, **self._environment})
+        environment[cancellation.FOLDER_VARIABLE] = str(self._folder / "cancellations")
         ours, theirs = socket.socketpair()
         arguments = [
             sys.executable, "-I", "-S", supervisor.__file__,

@@ -20,7 +20,7 @@ from turbo_backend.manifest import device_name, merge_reports, versions
 from turbo_backend.memory import as_turbo_error, decoder_bytes, denoiser_bytes, free_bytes
 from turbo_backend.nets.attention import AttentionSettings, TextContext
 from turbo_backend.noise import draw_noise
-from turbo_backend.parameters import MAX_SEED, GenerationParameters, make_parameters
+from turbo_backend.parameters import MAX_SEED, GenerationParameters, Scheduling, make_parameters
 from turbo_backend.planner import check_request
 from turbo_backend.sampler import RCMSchedule, sample_steps
 from turbo_backend.stages.experts import Experts
@@ -42,6 +42,8 @@ class DenoiseRequest:
         report: what earlier stages reported (`prompt`, `image`, `stages`).
         image_latents: float32 `[4 + 16, T, h, w]`, mask and latents of the image, for a model that takes one.
         preview: yield a preview with each step.
+        request_id: the caller's name for it, by which it can be cancelled and its steps are stored.
+        scheduling: when it runs beside others, and whether its steps are stored.
     """
 
     text_embeddings: torch.Tensor
@@ -50,6 +52,8 @@ class DenoiseRequest:
     report: Mapping[str, object]
     image_latents: torch.Tensor | None = None
     preview: bool = False
+    request_id: str = ""
+    scheduling: Scheduling = Scheduling()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
