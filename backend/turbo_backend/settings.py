@@ -86,6 +86,17 @@ class Settings(BaseModel):
     max_batch_size: int = Field(
         8, ge=1, le=8, description="Largest batch a stage runs at once; config.pbtxt admits up to 8."
     )
+    batch_invariant: bool = Field(
+        True,
+        description="Give a request the same latents, bit for bit, whatever runs beside it: on a GPU each step of each "
+        "request is then a forward of its own. `false` lets short requests share one.",
+    )
+    max_queue_size: int = Field(
+        64,
+        ge=1,
+        le=4096,
+        description="Requests that the denoiser holds, waiting and running; more are refused with RESOURCE_EXHAUSTED.",
+    )
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -265,10 +276,10 @@ def available_processors() -> int:
 
 
 def _parse(field: str, value: str) -> object:
-    """Shapes the two fields that a plain string does not fit; the rest is validated as it is."""
+    """Shapes the fields that a plain string does not fit; the rest is validated as it is."""
     if field == "dit_checkpoint":
         return [part for part in value.split(":") if part]
-    if field == "quant_linear":
+    if field in ("quant_linear", "batch_invariant"):
         lowered = value.lower()
         if lowered in (*_TRUE, *_FALSE):
             return lowered in _TRUE

@@ -148,8 +148,8 @@ class Counter:
         self._label = label
         self._metrics: dict[str, Any] = {}
 
-    def increment(self, value: str) -> None:
-        """Adds one to the count of that label value."""
+    def increment(self, value: str, amount: float = 1) -> None:
+        """Adds to the count of that label value."""
         if value not in self._metrics:
             self._metrics[value] = self._family.Metric(labels={self._label: value})
-        self._metrics[value].increment(1)
+        self._metrics[value].increment(amount)
