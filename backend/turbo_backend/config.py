@@ -78,10 +78,12 @@ class ModelConfig:
 
     `dit_files` names the published denoiser files without suffix (`.pth` and `.safetensors` are both looked for);
     a model with two experts lists the high-noise expert first. `-quant` is added for quantized files. The defaults
-    are those that all Wan models share. The weights of an `embedded` model come with the server.
+    are those that all Wan models share. The weights of an `embedded` model come with the server. `suffix` tells the
+    model's parts from those of another one on the same server (`denoiser_14b`).
     """
 
     name: str
+    suffix: str
     dit: DiTConfig
     dit_files: tuple[tuple[str, ...], ...]
     default_resolution: str
@@ -114,6 +116,14 @@ class ModelConfig:
         """Name of the Triton ensemble that serves this model."""
         return "image_to_video" if self.takes_image else "text_to_video"
 
+    def shares_stages_with(self, other: ModelConfig) -> bool:
+        """Whether one text encoder and one VAE serve both."""
+        return self._shared == other._shared
+
+    @property
+    def _shared(self) -> tuple[object, ...]:
+        return self.text_encoder, self.text_encoder_file, self.tokenizer, self.dit.text_len, self.vae, self.vae_file
+
 
 _TINY_DIT = DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=6, text_dim=256)
 _TINY_TEXT_ENCODER = TextEncoderConfig(vocab_size=512, dim=256, dim_attn=256, dim_ffn=512, num_heads=4, num_layers=4)
@@ -124,6 +134,7 @@ MODELS: dict[str, ModelConfig] = {
     for model in (
         ModelConfig(
             name="tiny",
+            suffix="tiny",
             dit=_TINY_DIT,
             text_encoder=_TINY_TEXT_ENCODER,
             vae=_TINY_VAE,
@@ -138,6 +149,7 @@ MODELS: dict[str, ModelConfig] = {
         ),
         ModelConfig(
             name="tiny-I2V",
+            suffix="tiny_i2v",
             dit=replace(_TINY_DIT, in_channels=36),
             text_encoder=_TINY_TEXT_ENCODER,
             vae=_TINY_VAE,
@@ -153,18 +165,21 @@ MODELS: dict[str, ModelConfig] = {
         ),
         ModelConfig(
             name="Wan2.1-1.3B",
+            suffix="1_3b",
             dit=DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
             dit_files=(("TurboWan2.1-T2V-1.3B-480P",),),
             default_resolution="480p",
         ),
         ModelConfig(
             name="Wan2.1-14B",
+            suffix="14b",
             dit=DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
             dit_files=(("TurboWan2.1-T2V-14B-720P", "TurboWan2.1-T2V-14B-480P"),),
             default_resolution="720p",
         ),
         ModelConfig(
             name="Wan2.2-A14B",
+            suffix="a14b",
             dit=DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_channels=36),
             dit_files=(("TurboWan2.2-I2V-A14B-high-720P",), ("TurboWan2.2-I2V-A14B-low-720P",)),
             default_resolution="720p",
