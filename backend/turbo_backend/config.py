@@ -78,12 +78,10 @@ class ModelConfig:
 
     `dit_files` names the published denoiser files without suffix (`.pth` and `.safetensors` are both looked for);
     a model with two experts lists the high-noise expert first. `-quant` is added for quantized files. The defaults
-    are those that all Wan models share. The weights of an `embedded` model come with the server. `suffix` tells the
-    model's parts from those of another one on the same server (`denoiser_14b`).
+    are those that all Wan models share. The weights of an `embedded` model come with the server.
     """
 
     name: str
-    suffix: str
     dit: DiTConfig
     dit_files: tuple[tuple[str, ...], ...]
     default_resolution: str
@@ -116,6 +114,11 @@ class ModelConfig:
         """Name of the Triton ensemble that serves this model."""
         return "image_to_video" if self.takes_image else "text_to_video"
 
+    @property
+    def suffix(self) -> str:
+        """What tells the model's parts from those of another one on the same server, such as `denoiser_14b`."""
+        return self.name.rpartition("-")[2].lower().replace(".", "_")
+
     def shares_stages_with(self, other: ModelConfig) -> bool:
         """Whether one text encoder and one VAE serve both."""
         return self._shared == other._shared
@@ -134,7 +137,6 @@ MODELS: dict[str, ModelConfig] = {
     for model in (
         ModelConfig(
             name="tiny",
-            suffix="tiny",
             dit=_TINY_DIT,
             text_encoder=_TINY_TEXT_ENCODER,
             vae=_TINY_VAE,
@@ -149,7 +151,6 @@ MODELS: dict[str, ModelConfig] = {
         ),
         ModelConfig(
             name="tiny-I2V",
-            suffix="tiny_i2v",
             dit=replace(_TINY_DIT, in_channels=36),
             text_encoder=_TINY_TEXT_ENCODER,
             vae=_TINY_VAE,
@@ -165,21 +166,18 @@ MODELS: dict[str, ModelConfig] = {
         ),
         ModelConfig(
             name="Wan2.1-1.3B",
-            suffix="1_3b",
             dit=DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
             dit_files=(("TurboWan2.1-T2V-1.3B-480P",),),
             default_resolution="480p",
         ),
         ModelConfig(
             name="Wan2.1-14B",
-            suffix="14b",
             dit=DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
             dit_files=(("TurboWan2.1-T2V-14B-720P", "TurboWan2.1-T2V-14B-480P"),),
             default_resolution="720p",
         ),
         ModelConfig(
             name="Wan2.2-A14B",
-            suffix="a14b",
             dit=DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_channels=36),
             dit_files=(("TurboWan2.2-I2V-A14B-high-720P",), ("TurboWan2.2-I2V-A14B-low-720P",)),
             default_resolution="720p",
