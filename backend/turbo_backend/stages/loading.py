@@ -129,7 +129,7 @@ def load_denoiser(
         max_batch_tokens=_GPU_BATCH_TOKENS if settings.device.type == "cuda" else _CPU_BATCH_TOKENS,
         fingerprint=fingerprint,
         identity={
-            "ensemble": model.ensemble,
+            "ensemble": settings.ensemble or model.ensemble,
             "linear_kind": experts.select(0).linear_kind,
             "self_check": "passed",
         },

@@ -6,7 +6,6 @@ from turbo_backend import triton_adapter as triton
 from turbo_backend.errors import TurboError
 from turbo_backend.manifest import merge_reports
 from turbo_backend.parameters import make_delivery
-from turbo_backend.settings import Settings
 from turbo_backend.stages.denoiser import DenoiseRequest
 from turbo_backend.stages.loading import load_denoiser
 
@@ -30,7 +29,7 @@ EMPTY_LATENTS = torch.empty(16, 0, 0, 0)
 
 class TritonPythonModel:
     def initialize(self, args):
-        self._stage = load_denoiser(Settings.from_environment())
+        self._stage = load_denoiser(triton.read_settings(args))
 
     def execute(self, requests):
         senders = [request.get_response_sender() for request in requests]

@@ -10,7 +10,6 @@ from turbo_backend import triton_adapter as triton
 from turbo_backend.errors import TurboError
 from turbo_backend.memory import as_turbo_error
 from turbo_backend.parameters import make_delivery
-from turbo_backend.settings import Settings
 from turbo_backend.stages.loading import load_vae_decoder
 from turbo_backend.stages.vae_decoder import DecodedChunk, DecodeRequest
 
@@ -19,7 +18,7 @@ NO_FRAMES = np.empty((0, 0, 0, 3), np.uint8)
 
 class TritonPythonModel:
     def initialize(self, args):
-        self._stage = load_vae_decoder(Settings.from_environment())
+        self._stage = load_vae_decoder(triton.read_settings(args))
         self._queue = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._decode_forever, name="vae-decoder")
         self._worker.start()
