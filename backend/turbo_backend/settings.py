@@ -312,9 +312,9 @@ def available_processors() -> int:
 
 def _parse(field: str, value: str) -> object:
     """Shapes the fields that a plain string does not fit; the rest is validated as it is."""
-    """Shapes the fields that a plain string does not fit; the rest is validated as it is."""
     if field in _SEPARATORS:
         return [part.strip() for part in value.split(_SEPARATORS[field]) if part.strip()]
+    if Settings.model_fields[field].annotation is bool:
         lowered = value.lower()
         if lowered in (*_TRUE, *_FALSE):
             return lowered in _TRUE

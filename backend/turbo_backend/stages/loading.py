@@ -178,9 +178,7 @@ def load_vae_decoder(settings: Settings, *, cancellations: Cancellations | None 
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
     vae, fingerprint = _load(VAELayout(model.vae), files.vae if files else None, settings)
-    stage = VAEDecoderStage(
-        vae, max_batch_pixels=_BATCH_PIXELS, fingerprint=fingerprint, cancellations=cancellations
-    )
+    stage = VAEDecoderStage(vae, max_batch_pixels=_BATCH_PIXELS, fingerprint=fingerprint, cancellations=cancellations)
     _, h, w = _warm_shape(model)
     request = DecodeRequest(
         latents=torch.zeros(model.vae.z_dim, 2, h, w),
