@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from turbo_backend import cancellation
+from turbo_backend.cancellation import FOLDER_VARIABLE, Cancellations
 from turbo_backend.errors import Misconfigured
 from turbo_backend.server import supervisor
 from turbo_backend.server.backend_directory import (
@@ -156,6 +156,12 @@ class TritonServer:
     @property
     def metrics_url(self) -> str:
         return f"http://{_address(self.host, self._ports[2])}/metrics"
+
+    @property
+    def cancellations(self) -> Cancellations:
+        """Where requests of the running server are given up, by their id."""
+        assert self._folder is not None
+        return Cancellations(self._folder / "cancellations")
 
     @property
     def shm_prefix(self) -> str:
@@ -347,7 +353,7 @@ class TritonServer:
         self._folder = Path(tempfile.mkdtemp(prefix=f"{self._server_id}-"))
         backends = assemble_backend_directory(installation, self._folder)
         environment = server_environment(installation, self._folder, {**os.environ, **self._environment})
-        environment[cancellation.FOLDER_VARIABLE] = str(self._folder / "cancellations")
+        environment[FOLDER_VARIABLE] = str(self._folder / "cancellations")
         ours, theirs = socket.socketpair()
         arguments = [
             sys.executable, "-I", "-S", supervisor.__file__,
