@@ -44,6 +44,8 @@ def test_settings_survive_the_environment(tmp_path: Path) -> None:
         "TURBO_IMAGE_CACHE_ENTRIES": "3",
         "TURBO_EXPERT_PLACEMENT": "swapped",
         "TURBO_MAX_BATCH_SIZE": "2",
+        "TURBO_BATCH_INVARIANT": "false",
+        "TURBO_MAX_QUEUE_SIZE": "7",
     }
     settings = Settings.from_environment(environment)
     assert settings.dit_checkpoint == (high, low)
