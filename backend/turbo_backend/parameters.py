@@ -33,6 +33,8 @@ MAX_LATENT_FRAMES = 128
 MAX_SIDE = 2048
 #: The second step of the schedule stands at sigma = tan(1.5); the first must lie above it.
 MIN_SIGMA_MAX = 14.2
+#: A week.
+MAX_DEADLINE_MS = 7 * 24 * 3600 * 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,4 +223,39 @@ def make_delivery(values: Mapping[str, object]) -> Delivery:
         container=_choice(values, "container", ("mp4", "raw"), "mp4"),
         fps=fps,
         preview=_boolean(values, "preview", True),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduling:
+    """When a request runs beside others; none of it changes a pixel.
+
+    Attributes:
+        priority_level: 0, the most urgent, to 9.
+        deadline_ms: milliseconds from the request's arrival at the denoiser in which its latents must be done; None
+            for no limit.
+        durable: keep the state after each step, and go on from what is kept.
+    """
+
+    priority_level: int = 5
+    deadline_ms: int | None = None
+    durable: bool = False
+
+
+def make_scheduling(values: Mapping[str, object]) -> Scheduling:
+    """Checks the request parameters that concern scheduling, as `make_delivery` does those of delivery.
+
+    Triton keeps the parameter names `priority` and `timeout` to itself: they never reach a model.
+
+    Raises:
+        InvalidArgument: naming parameter, value and what fits.
+    """
+    priority_level = _integer(values, "priority_level", 5)
+    if not 0 <= priority_level <= 9:
+        raise InvalidArgument("priority_level", priority_level, "0 (most urgent) to 9")
+    deadline_ms = _integer(values, "deadline_ms", 0) if "deadline_ms" in values else None
+    if deadline_ms is not None and not 1 <= deadline_ms <= MAX_DEADLINE_MS:
+        raise InvalidArgument("deadline_ms", deadline_ms, f"1 to {MAX_DEADLINE_MS} milliseconds")
+    return Scheduling(
+        priority_level=priority_level, deadline_ms=deadline_ms, durable=_boolean(values, "durable", False)
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from turbo_backend.cancellation import FOLDER_VARIABLE, Cancellations
 from turbo_backend.errors import Misconfigured
 from turbo_backend.server import supervisor
 from turbo_backend.server.backend_directory import (
@@ -155,6 +156,12 @@ class TritonServer:
     @property
     def metrics_url(self) -> str:
         return f"http://{_address(self.host, self._ports[2])}/metrics"
+
+    @property
+    def cancellations(self) -> Cancellations:
+        """Where requests of the running server are given up, by their id."""
+        assert self._folder is not None
+        return Cancellations(self._folder / "cancellations")
 
     @property
     def shm_prefix(self) -> str:
@@ -346,6 +353,7 @@ class TritonServer:
         self._folder = Path(tempfile.mkdtemp(prefix=f"{self._server_id}-"))
         backends = assemble_backend_directory(installation, self._folder)
         environment = server_environment(installation, self._folder, {**os.environ, **self._environment})
+        environment[FOLDER_VARIABLE] = str(self._folder / "cancellations")
         ours, theirs = socket.socketpair()
         arguments = [
             sys.executable, "-I", "-S", supervisor.__file__,
@@ -369,12 +377,12 @@ class TritonServer:
         self.pid = int(first_line)
 
     def _served_repository(self) -> Path:
-        """The repository as given, or what the network of the settings takes of the committed one."""
+        """The repository as given, or what the networks of the settings take of the committed one."""
         if not self._renders:
             return self.model_repository
         assert self._folder is not None
         settings = Settings.from_environment({**os.environ, **self._environment})
-        return render_repository(self.model_repository, settings.served_model, self._folder / FOLDER_NAME)
+        return render_repository(self.model_repository, settings.served_models, self._folder / FOLDER_NAME)
 
     def _server_options(self, repository: Path, backends: Path) -> list[str]:
         http_port, grpc_port, metrics_port = self._ports

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
+from turbo_backend.cancellation import Cancellations
 from turbo_backend.checkpoints import (
     Checkpoint,
     DenoiserLayout,
@@ -31,9 +32,11 @@ from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.parameters import RESOLUTIONS, Delivery, make_parameters
 from turbo_backend.planner import Placement, choose_placement
 from turbo_backend.settings import Settings
-from turbo_backend.stages.denoiser import DenoisedStep, DenoiseRequest, DenoiserStage
+from turbo_backend.stages.denoiser import DenoiserStage
+from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest
 from turbo_backend.stages.experts import Experts, ResidentExperts, SpreadExperts, SwappedExperts
 from turbo_backend.stages.image_encoder import ImageEncoderStage
+from turbo_backend.stages.step_store import StepStore
 from turbo_backend.stages.text_encoder import TextEncoderStage
 from turbo_backend.stages.vae_decoder import DecodeRequest, VAEDecoderStage
 from turbo_backend.tokenizer import Tokenizer
@@ -105,8 +108,14 @@ def load_image_encoder(settings: Settings) -> ImageEncoderStage:
     return stage
 
 
-def load_denoiser(settings: Settings) -> DenoiserStage:
+def load_denoiser(
+    settings: Settings, *, cancellations: Cancellations | None = None, store: StepStore | None = None
+) -> DenoiserStage:
     """The denoiser stage, its kernels checked, loaded and warm.
+
+    Args:
+        cancellations: where its requests are given up.
+        store: where the steps of durable requests are kept.
 
     Raises:
         Misconfigured: the chosen kernels give wrong numbers on this machine.
@@ -120,20 +129,25 @@ def load_denoiser(settings: Settings) -> DenoiserStage:
     layout = DenoiserLayout(model.dit, quant_linear=settings.quant_linear)
     paths = files.dit if files else (None,) * model.num_experts
     experts, fingerprint = _load_experts(layout, paths, settings)
+    # On a GPU a sample's bits depend on how many share its products; on a CPU they do not.
+    shares_forwards = settings.device.type == "cpu" or not settings.batch_invariant
     stage = DenoiserStage(
         experts,
         model,
         device=settings.device,
         dtype=settings.dtype,
         provider=settings.provider,
-        max_batch_size=settings.max_batch_size,
+        max_batch_size=settings.max_batch_size if shares_forwards else 1,
         max_batch_tokens=_GPU_BATCH_TOKENS if settings.device.type == "cuda" else _CPU_BATCH_TOKENS,
         fingerprint=fingerprint,
         identity={
-            "ensemble": model.ensemble,
+            "ensemble": settings.ensemble or model.ensemble,
             "linear_kind": experts.select(0).linear_kind,
             "self_check": "passed",
         },
+        max_queue_size=settings.max_queue_size,
+        cancellations=cancellations,
+        store=store,
     )
     _warm_denoiser(stage, model)
     return stage
@@ -186,13 +200,13 @@ def _place_experts(settings: Settings, num_experts: int) -> Placement:
     )
 
 
-def load_vae_decoder(settings: Settings) -> VAEDecoderStage:
-    """The VAE decoder stage, loaded and warm."""
+def load_vae_decoder(settings: Settings, *, cancellations: Cancellations | None = None) -> VAEDecoderStage:
+    """The VAE decoder stage, loaded and warm; `cancellations` as for the denoiser."""
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
     vae, fingerprint = _load(VAELayout(model.vae), files.vae if files else None, settings)
     settle_gpu(settings.device)
-    stage = VAEDecoderStage(vae, max_batch_pixels=_BATCH_PIXELS, fingerprint=fingerprint)
+    stage = VAEDecoderStage(vae, max_batch_pixels=_BATCH_PIXELS, fingerprint=fingerprint, cancellations=cancellations)
     _, h, w = _warm_shape(model)
     request = DecodeRequest(
         latents=torch.zeros(model.vae.z_dim, 2, h, w),
@@ -262,9 +276,10 @@ def _warm_shape(model: ModelConfig) -> tuple[int, int, int]:
 
 
 def _warm_denoiser(stage: DenoiserStage, model: ModelConfig) -> None:
-    """One request of each attention type at the default size, that of the default type in full length.
+    """A request of each attention type at the default size, that of the default type in full length.
 
-    Prompts of up to 31, of up to 63 and of more tokens take kernels of their own.
+    The second step is measured, for predictions. Prompts of up to 31, of up to 63 and of more tokens take kernels of
+    their own.
     """
     _, h, w = _warm_shape(model)
     conditioned = model.dit.in_channels - model.dit.out_channels
@@ -275,7 +290,7 @@ def _warm_denoiser(stage: DenoiserStage, model: ModelConfig) -> None:
         request = DenoiseRequest(
             text_embeddings=torch.zeros(model.dit.text_len, model.dit.text_dim),
             text_length=text_length,
-            values={"NUM_STEPS": 1, "NUM_FRAMES": num_frames, "ATTENTION_TYPE": attention_type, "SEED": 1},
+            values={"NUM_STEPS": 2, "NUM_FRAMES": num_frames, "ATTENTION_TYPE": attention_type, "SEED": 1},
             report={"stages": {}},
             image_latents=image_latents,
             preview=True,
