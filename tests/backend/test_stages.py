@@ -383,7 +383,7 @@ class TestDenoiser:
             "dtype": "float32",
             "notes": [],
             "weights": {"text_encoder": "text weights", "denoiser": "denoiser weights"},
-            "stages": {**encoded.report()["stages"], "denoiser": {"batch_size": 1}},  # type: ignore[dict-item]
+            "stages": {**encoded.report()["stages"], "denoiser": {"batch_size": 1, "batch_sizes": [1, 1]}},  # type: ignore[dict-item]
         }
 
     def test_a_seed_of_zero_is_drawn_and_reported(self, make_denoiser: MakeDenoiser, encoded: EncodedPrompt) -> None:
