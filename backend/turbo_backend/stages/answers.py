@@ -55,7 +55,10 @@ class Answers:
             except queue.Empty:
                 answer = self._between
             if answer is None:
-                return
+                if self._queue.empty():
+                    return
+                self._queue.put(None)  # behind what the last answers have given in their turn
+                continue
             try:
                 answer()
             except Exception:
