@@ -149,7 +149,9 @@ def test_self_check(device: torch.device, head_dim: int, provider: str) -> None:
     outcome = kernels.self_check(device, head_dim, provider)
     assert outcome.passed, outcome
     assert set(outcome.details) == set(outcome.limits)
-    assert {"sage_attention", "int8_linear", "rms_norm_rope"} <= set(outcome.details)
+    assert {"sage_attention", "int8_linear", "rms_norm_rope", "residual_norm", "text_attention"} <= set(outcome.details)
+    rounds_e4m3 = provider == "reference" or (device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9))
+    assert ("fp8_linear" in outcome.details) == ("residual_norm in e4m3" in outcome.details) == rounds_e4m3
 
 
 def test_self_check_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
