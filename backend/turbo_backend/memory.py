@@ -92,6 +92,27 @@ def free_bytes(device: torch.device) -> int:
     raise TurboError("/proc/meminfo has no MemAvailable line")
 
 
+def settle_gpu(device: torch.device) -> None:
+    """Gives back what loading left in PyTorch's cache, and lets `gpu_peak` count from here."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def gpu_peak() -> dict[str, int]:
+    """Of this process for a stage's report: most bytes of tensors, and of PyTorch's cache of them; empty without GPU.
+
+    A CUDA context comes on top (`planner.CONTEXT_BYTES`).
+    """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return {}
+    devices = range(torch.cuda.device_count())
+    return {
+        "gpu_peak_bytes": sum(torch.cuda.max_memory_allocated(device) for device in devices),
+        "gpu_reserved_bytes": sum(torch.cuda.max_memory_reserved(device) for device in devices),
+    }
+
+
 def as_turbo_error(error: Exception, stage: str) -> TurboError:
     """The error a caller is told: ours as they are, out of memory by name, anything else INTERNAL and logged."""
     if isinstance(error, ResourceExhausted):

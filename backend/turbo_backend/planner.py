@@ -51,6 +51,7 @@ def plan_memory(
     quant_linear: bool,
     placement: Placement = "resident",
     text_encoder_on_cpu: bool = False,
+    quant_text_encoder: bool = False,
 ) -> dict[str, StageMemory]:
     """Predicted memory of every stage on the GPU, by its name, for requests of these parameters.
 
@@ -58,12 +59,13 @@ def plan_memory(
         dtype: of the networks; the image encoder's VAE is in float32 whatever this is.
         placement: whether all experts are on the GPU or one at a time.
         text_encoder_on_cpu: leaves that stage out.
+        quant_text_encoder: its blocks' linears in e4m3, its token table in the host's memory.
     """
     device = torch.device("cuda")
     num_experts = model.num_experts if placement == "resident" else 1
     stages = {
         "text_encoder": StageMemory(
-            weights=_text_encoder_weights(model.text_encoder, dtype),
+            weights=_text_encoder_weights(model.text_encoder, dtype, quant_text_encoder),
             workspace=text_encoder_bytes(model.text_encoder, model.dit.text_len, dtype),
         ),
         "denoiser": StageMemory(
@@ -98,8 +100,14 @@ def weight_bytes(specs: Specs, dtype: torch.dtype, *, keep_fp32: tuple[str, ...]
 
 # Building even a network without memory takes a while, and every figure needs one.
 @cache
-def _text_encoder_weights(config: TextEncoderConfig, dtype: torch.dtype) -> int:
-    return weight_bytes(TextEncoderLayout(config).specs, dtype)
+def _text_encoder_weights(config: TextEncoderConfig, dtype: torch.dtype, quantized: bool) -> int:
+    specs = TextEncoderLayout(config).specs
+    if not quantized:
+        return weight_bytes(specs, dtype)
+    linears = {name: spec for name, spec in specs.items() if len(spec[0]) == 2 and "embedding" not in name}
+    rest = {name: specs[name] for name in specs.keys() - linears.keys() - {"token_embedding.weight"}}
+    rows = sum(math.prod(shape) + 4 * shape[0] for shape, _ in linears.values())  # values, and a scale for each
+    return rows + weight_bytes(rest, dtype)
 
 
 @cache

@@ -141,6 +141,12 @@ class Fp8Linear(nn.Module):
         values = weight.div_(scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         return cls(Fp8Rows(values, scale.repeat(len(values))), linear.bias, uniform=True)
 
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, device: torch.device) -> Self:
+        """The twin of a linear with e4m3 rows, rounded on `device` and left there."""
+        weight, bias = linear.weight.detach().to(device), linear.bias
+        return cls(quantize_fp8_rows(weight), None if bias is None else bias.detach().to(device))
+
     def forward(self, x_BLK: torch.Tensor, *, provider: str | None = None) -> torch.Tensor:
         """[B, L, K] to [B, L, N] in the dtype of x; `provider` as in turbo_kernels, by default the device's."""
         provider = provider or default_provider(x_BLK.device)
@@ -181,6 +187,12 @@ def convert_to_fp8(net: nn.Module, *, fuse_gelu: bool) -> None:
     for parent, child_name, linear in _children(net, Int8Linear):
         before_gelu = isinstance(parent, nn.Sequential) and child_name == "0"
         setattr(parent, child_name, Fp8Linear.from_int8(linear, uniform=fuse_gelu and before_gelu))
+
+
+def quantize_to_fp8(net: nn.Module, device: torch.device) -> None:
+    """Replaces every linear inside `net.blocks` by the `Fp8Linear` of its rows on `device`, one at a time."""
+    for parent, child_name, linear in _children(net, nn.Linear):
+        setattr(parent, child_name, Fp8Linear.from_linear(linear, device))
 
 
 def _children(net: nn.Module, kind: type[_Linear]) -> Iterator[tuple[nn.Module, str, _Linear]]:

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves sibling modules off the path
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _RESULTS = pytest.StashKey[dict[str, str]]()
 

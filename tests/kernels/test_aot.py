@@ -17,14 +17,16 @@ import turbo_kernels
 #: Shared memory one program may take, bytes: CUDA programming guide, "Technical specifications by compute capability".
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TENSOR_CORE = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
-#: Scripts that compile the kernels of attention and row ops, of the fused transformer block, and of the video VAE.
-SCRIPTS = ("aot_compile.py", "aot_compile_fused.py", "aot_compile_conv3d.py")
+#: Scripts that compile the kernels of attention and row ops, of the fused transformer block, of the video VAE, and of
+#: the text encoder.
+SCRIPTS = ("aot_compile.py", "aot_compile_fused.py", "aot_compile_conv3d.py", "aot_compile_text.py")
 MATRIX_KERNELS = {
     "sparse_attention_kernel",
     "sage_attention_kernel",
     "summarize_chunk_kernel",
     "int8_linear_kernel",
     "text_attention_kernel",
+    "relative_attention_kernel",
     "causal_conv3d_kernel",
     "upsample_conv_kernel",
 }

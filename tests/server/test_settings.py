@@ -38,6 +38,7 @@ def test_settings_survive_the_environment(tmp_path: Path) -> None:
         "TURBO_DEVICE": "cuda:1",
         "TURBO_DTYPE": "float16",
         "TURBO_TEXT_ENCODER_DEVICE": "cpu",
+        "TURBO_QUANT_TEXT_ENCODER": "true",
         "TURBO_NUM_THREADS": "3",
         "TURBO_TEXT_CACHE_ENTRIES": "0",
         "TURBO_IMAGE_CACHE_ENTRIES": "3",

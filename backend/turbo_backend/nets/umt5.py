@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from turbo_backend.config import TextEncoderConfig
 from turbo_backend.errors import InvalidArgument
+from turbo_backend.nets.umt5_fused import FusedEncoder
+from turbo_backend.quantization import quantize_to_fp8
 
 
 def relative_buckets(length: int, *, num_buckets: int, max_distance: int) -> Tensor:
@@ -123,9 +125,9 @@ class Block(nn.Module):
 class UMT5Encoder(nn.Module):
     """Token ids to text embeddings.
 
-    Each prompt runs alone and at its true length. Padding that every row is masked against changes nothing but the
-    cost, and matrix products of another number of rows may round differently: so a prompt has the same embedding,
-    bit for bit, in any batch.
+    Each prompt runs alone. Padding that every row is masked against changes nothing but the cost, and matrix products
+    of another number of rows may round differently: so a prompt runs at its true length, or prepared for a GPU at that
+    length rounded up to a multiple of 32, and has the same embedding, bit for bit, in any batch.
     """
 
     def __init__(self, config: TextEncoderConfig) -> None:
@@ -134,13 +136,56 @@ class UMT5Encoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.eps)
+        self._fused: FusedEncoder | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks run; the token table may be elsewhere."""
+        return self.norm.weight.device
+
+    @torch.no_grad()
+    def prepare_for_inference(self, device: torch.device, *, quantize: bool = False) -> None:
+        """Moves loaded weights to where they run and suits them to it; call it once, after loading.
+
+        On a GPU in 16 bits the projections of q, k and v become one product, and so do those of gate and fc1, under
+        the same state-dict keys, and a block runs through fused kernels (`umt5_fused`): the weights must then stay
+        where they are. On the CPU, or in float32, the plain layers run.
+
+        Args:
+            device: of the blocks.
+            quantize: turn the linears of the blocks into e4m3 ones (`Fp8Linear`), one at a time, and keep the token
+                table, of which a prompt takes a few rows, in the host's memory; for a bfloat16 network on a GPU that
+                multiplies e4m3.
+        """
+        if quantize:
+            quantize_to_fp8(self, device)
+            self.token_embedding.cpu()
+            self.blocks.to(device)
+            self.norm.to(device)
+        else:
+            self.to(device)
+        if device.type == "cuda" and self.norm.weight.dtype != torch.float32:
+            self._fused = FusedEncoder(self)
+
+    def warm_up(self, max_tokens: int) -> None:
+        """Compiles and records now, on a GPU, what prompts of up to `max_tokens` tokens will run."""
+        if self._fused is not None:
+            self._fused.record(max_tokens)
+
+    def bias_by_distance(self, num_tokens: int) -> Tensor:
+        """[num_layers, H, 2 L - 1]: every layer's bias of key j to query i at index j - i + L - 1."""
+        config = self.config
+        buckets = relative_buckets(num_tokens, num_buckets=config.num_buckets, max_distance=config.max_distance)
+        biases = [block.pos_embedding for block in self.blocks]
+        tables = torch.stack([bias.embedding.weight for bias in biases])  # type: ignore[union-attr, misc]
+        return tables[:, buckets.to(tables.device)].transpose(1, 2).contiguous()
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
         """Embeds a batch of prompts.
 
         Args:
-            token_ids: int64 [B, S]; what stands at and after a prompt's length is not looked at.
+            token_ids: int64 [B, S], best on the CPU; what stands at and after a prompt's length is not looked at.
             lengths: [B], 1 to S tokens, the closing </s> included.
 
         Returns:
@@ -156,23 +201,23 @@ class UMT5Encoder(nn.Module):
         counts = [int(length) for length in lengths]
         if len(counts) != batch or not all(1 <= count <= size for count in counts):
             raise InvalidArgument("lengths", counts, f"{batch} of 1 to {size} tokens")
-        weight = self.token_embedding.weight
-        embeddings = weight.new_zeros(batch, size, self.config.dim)
+        embeddings = self.norm.weight.new_zeros(batch, size, self.config.dim)
         for i_sample, count in enumerate(counts):
-            embeddings[i_sample, :count] = self._encode(token_ids[i_sample, :count])
+            embeddings[i_sample, :count] = self._encode(token_ids[i_sample, :count].cpu())
         return embeddings
 
     def _encode(self, token_ids_L: Tensor) -> Tensor:
-        """[L] token ids of one prompt to [L, D]."""
+        """[L] token ids of one prompt, on the CPU, to [L, D]."""
         config = self.config
         low, high = (int(bound) for bound in token_ids_L.aminmax())
         if low < 0 or high >= config.vocab_size:
             raise InvalidArgument("token_ids", (low, high), f"within 0 .. {config.vocab_size - 1}")
-        device = self.token_embedding.weight.device
+        if self._fused is not None:
+            return self._fused(token_ids_L)
         buckets = relative_buckets(
             token_ids_L.shape[0], num_buckets=config.num_buckets, max_distance=config.max_distance
-        ).to(device)
-        x_1LD = self.token_embedding(token_ids_L.to(device)).unsqueeze(0)
+        ).to(self.device)
+        x_1LD = self.token_embedding(token_ids_L.to(self.device)).unsqueeze(0)
         for block in self.blocks:
             x_1LD = block(x_1LD, buckets)
         return self.norm(x_1LD)[0]  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from turbo_backend.nets.vae_decoder import Decoder
 from turbo_backend.nets.vae_decoder_fused import FusedDecoder, fits_kernels
 from turbo_backend.nets.vae_encoder import Encoder
 from turbo_backend.nets.vae_layers import FrameConv, FrameHistory
+from turbo_backend.nets.vae_still import StillEncoder
 
 #: Frames that make one latent frame, and pixels a side that make one latent pixel.
 TEMPORAL_FACTOR = 4
@@ -131,6 +132,30 @@ class WanVAE(nn.Module):
             raise InvalidArgument("video", tuple(video.shape), fits)
         return torch.stack([self._encode_sample(sample) for sample in video])
 
+    @torch.inference_mode()
+    def encode_image(self, image: Tensor, *, num_frames: int) -> Tensor:
+        """An image followed by frames of 0 (mid-grey): what `encode` gives for that video, bit for bit, but sooner.
+
+        Args:
+            image: [3, H, W] in [-1, 1], H and W multiples of 8.
+            num_frames: of the video, 4k + 1.
+
+        Returns:
+            [z_dim, T, h, w] in fp32.
+
+        Raises:
+            InvalidArgument: sizes that do not fit.
+        """
+        fits = image.dim() == 3 and image.shape[0] == 3 and all(n and n % SPATIAL_FACTOR == 0 for n in image.shape[1:])
+        if not fits or num_frames < 1 or num_frames % TEMPORAL_FACTOR != 1:
+            shown = (tuple(image.shape), num_frames)
+            raise InvalidArgument("image, num_frames", shown, "[3, H, W] with H and W multiples of 8, and 4k + 1")
+        weight = self.conv1.weight
+        image_1HWC = image.permute(1, 2, 0)[None].to(weight).contiguous()
+        grey_THWC = image_1HWC.new_zeros(TEMPORAL_FACTOR, *image_1HWC.shape[1:])
+        chunks = StillEncoder(self.encoder, image_1HWC, grey_THWC)(num_frames // TEMPORAL_FACTOR)
+        return self._to_latents([self.conv1(chunk) for chunk in chunks])
+
     def _encode_sample(self, video_CFHW: Tensor) -> Tensor:
         history = FrameHistory()
         weight = self.conv1.weight
@@ -143,6 +168,10 @@ class WanVAE(nn.Module):
             chunk_THWC = video_CFHW[:, begin:end].permute(1, 2, 3, 0).to(weight).contiguous()
             moments_THWC.append(self.conv1(self.encoder(chunk_THWC, history)))
             begin, end = end, end + TEMPORAL_FACTOR
+        return self._to_latents(moments_THWC)
+
+    def _to_latents(self, moments_THWC: list[Tensor]) -> Tensor:
+        """Mean and log-variance, chunk by chunk, to the normalised mean [z_dim, T, h, w]."""
         mean_THWC = torch.cat(moments_THWC)[..., : self.config.z_dim].float()
         shift, scale = self._latent_statistics(mean_THWC.device)
         return ((mean_THWC - shift) / scale).permute(3, 0, 1, 2).contiguous()

@@ -13,7 +13,7 @@ import torch
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import InvalidArgument, TurboError
 from turbo_backend.image import ImageHeader, crop_box, decode_image, read_header, resize_image, to_unit_range
-from turbo_backend.memory import as_turbo_error, encoder_bytes, free_bytes
+from turbo_backend.memory import as_turbo_error, encoder_bytes, free_bytes, gpu_peak
 from turbo_backend.nets.vae import WanVAE
 from turbo_backend.parameters import GenerationParameters, make_parameters
 from turbo_backend.planner import check_request
@@ -52,7 +52,7 @@ class EncodedImage:
 
     def report(self) -> dict[str, object]:
         """What later stages pass on to the caller."""
-        stage = {"milliseconds": round(self.milliseconds, 2), "cache_hit": self.cache_hit}
+        stage = {"milliseconds": round(self.milliseconds, 2), "cache_hit": self.cache_hit, **gpu_peak()}
         return {
             "image": dict(self.facts),
             "notes": list(self.notes),
@@ -154,9 +154,7 @@ class ImageEncoderStage:
         )
         width, height = parameters.width, parameters.height
         pixels_CHW = resize_image(decode_image(content), width=width, height=height, fit=parameters.fit)
-        video_BCFHW = torch.zeros(1, 3, parameters.num_frames, height, width, device=device)
-        video_BCFHW[0, :, 0] = to_unit_range(pixels_CHW)
-        latents_CThw = vae.encode(video_BCFHW)[0].cpu()
+        latents_CThw = vae.encode_image(to_unit_range(pixels_CHW).to(device), num_frames=parameters.num_frames).cpu()
         if not torch.isfinite(latents_CThw).all():
             raise TurboError("image_encoder gave latents that are not finite")
         mask = latents_CThw.new_zeros(self._model.num_mask_channels, *latents_CThw.shape[1:])

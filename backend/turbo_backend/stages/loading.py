@@ -25,7 +25,7 @@ from turbo_backend.checkpoints import (
 )
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import Misconfigured, TurboError
-from turbo_backend.memory import free_bytes
+from turbo_backend.memory import free_bytes, settle_gpu
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.parameters import RESOLUTIONS, Delivery, make_parameters
@@ -38,6 +38,7 @@ from turbo_backend.stages.text_encoder import TextEncoderStage
 from turbo_backend.stages.vae_decoder import DecodeRequest, VAEDecoderStage
 from turbo_backend.tokenizer import Tokenizer
 from turbo_kernels import self_check
+from turbo_kernels.fp8_linear import multiplies_fp8
 
 _log = logging.getLogger(__name__)
 _Net = TypeVar("_Net", bound=nn.Module, covariant=True)
@@ -55,18 +56,27 @@ def load_text_encoder(settings: Settings) -> TextEncoderStage:
     """The text encoder stage, loaded and warm."""
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
+    device = torch.device("cpu") if settings.text_encoder_device == "cpu" else settings.device
+    quantize = settings.quant_text_encoder
+    if quantize and not (settings.dtype == torch.bfloat16 and multiplies_fp8(device)):
+        fits = "false, but for bfloat16 on a GPU of compute capability 8.9 or later"
+        raise Misconfigured(f"TURBO_QUANT_TEXT_ENCODER = true: must be {fits}; this is {settings.dtype} on {device}")
     encoder, fingerprint = _load(
         TextEncoderLayout(model.text_encoder),
         files.text_encoder if files else None,
         settings,
-        device=torch.device("cpu") if settings.text_encoder_device == "cpu" else None,
+        # A small GPU may not hold the weights before they are quantised.
+        device=torch.device("cpu") if quantize and files else device,
     )
+    encoder.prepare_for_inference(device, quantize=quantize)
+    settle_gpu(device)
+    encoder.warm_up(model.dit.text_len)
     stage = TextEncoderStage(
         encoder,
         Tokenizer.from_folder(files.tokenizer if files else tiny_checkpoint_folder() / "tokenizer"),
         text_len=model.dit.text_len,
         cache_entries=settings.text_cache_entries,
-        fingerprint=fingerprint,
+        fingerprint=f"{fingerprint}, as e4m3" if quantize else fingerprint,
     )
     (warm,) = stage.encode(["warm-up"])
     if isinstance(warm, TurboError):
@@ -86,10 +96,10 @@ def load_image_encoder(settings: Settings) -> ImageEncoderStage:
     files = _find_files(settings)
     vae, fingerprint = _load(VAELayout(model.vae), files.vae if files else None, settings, dtype=torch.float32)
     del vae.decoder
+    settle_gpu(settings.device)
     stage = ImageEncoderStage(vae, model, cache_entries=settings.image_cache_entries, fingerprint=fingerprint)
     width, height = RESOLUTIONS[model.default_resolution]["16:9"]
-    warm = torch.zeros(1, 3, 9, height, width, device=settings.device)
-    vae.encode(warm)
+    vae.encode_image(torch.zeros(3, height, width, device=settings.device), num_frames=model.default_num_frames)
     return stage
 
 
@@ -148,6 +158,7 @@ def _load_experts(layout: DenoiserLayout, paths: Sequence[Path | None], settings
     def load(expert: int) -> WanDiT:
         net, fingerprint = _load(layout, paths[expert], settings, seed=_RANDOM_SEED + expert)
         net.prepare_for_inference()
+        settle_gpu(settings.device)
         fingerprints.append(fingerprint)
         return net
 
@@ -164,6 +175,7 @@ def load_vae_decoder(settings: Settings) -> VAEDecoderStage:
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
     vae, fingerprint = _load(VAELayout(model.vae), files.vae if files else None, settings)
+    settle_gpu(settings.device)
     stage = VAEDecoderStage(vae, max_batch_pixels=_BATCH_PIXELS, fingerprint=fingerprint)
     _, h, w = _warm_shape(model)
     request = DecodeRequest(
@@ -234,14 +246,20 @@ def _warm_shape(model: ModelConfig) -> tuple[int, int, int]:
 
 
 def _warm_denoiser(stage: DenoiserStage, model: ModelConfig) -> None:
-    """One short request of each attention type at the default size."""
+    """One request of each attention type at the default size, that of the default type in full length.
+
+    Prompts of up to 31, of up to 63 and of more tokens take kernels of their own.
+    """
     _, h, w = _warm_shape(model)
-    image_latents = torch.zeros(model.dit.in_channels - model.dit.out_channels, 3, h, w) if model.takes_image else None
-    for attention_type in ("original", "sla", "sagesla"):
+    conditioned = model.dit.in_channels - model.dit.out_channels
+    full = model.default_num_frames
+    for attention_type, num_frames, text_length in (("original", 9, 8), ("sla", 9, 48), ("sagesla", full, 96)):
+        num_latents = 1 + (num_frames - 1) // 4
+        image_latents = torch.zeros(conditioned, num_latents, h, w) if model.takes_image else None
         request = DenoiseRequest(
             text_embeddings=torch.zeros(model.dit.text_len, model.dit.text_dim),
-            text_length=8,
-            values={"NUM_STEPS": 1, "NUM_FRAMES": 9, "ATTENTION_TYPE": attention_type, "SEED": 1},
+            text_length=text_length,
+            values={"NUM_STEPS": 1, "NUM_FRAMES": num_frames, "ATTENTION_TYPE": attention_type, "SEED": 1},
             report={"stages": {}},
             image_latents=image_latents,
             preview=True,

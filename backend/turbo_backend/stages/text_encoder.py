@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from turbo_backend.errors import InvalidArgument, TurboError
-from turbo_backend.memory import as_turbo_error
+from turbo_backend.memory import as_turbo_error, gpu_peak
 from turbo_backend.nets.umt5 import UMT5Encoder
 from turbo_backend.tokenizer import Tokenizer, clean_prompt
 
@@ -40,9 +41,18 @@ class EncodedPrompt:
     def length(self) -> int:
         return self.embeddings.shape[0]
 
+    def padded(self, num_rows: int) -> torch.Tensor:
+        """float32 `[num_rows, text_dim]`: zeros behind the embeddings."""
+        return F.pad(self.embeddings, (0, 0, 0, num_rows - self.length))
+
     def report(self) -> dict[str, object]:
         """What later stages pass on to the caller."""
-        stage = {"milliseconds": round(self.milliseconds, 2), "num_tokens": self.length, "cache_hit": self.cache_hit}
+        stage = {
+            "milliseconds": round(self.milliseconds, 2),
+            "num_tokens": self.length,
+            "cache_hit": self.cache_hit,
+            **gpu_peak(),
+        }
         weights = {"text_encoder": self.fingerprint}
         return {"prompt": self.prompt, "stages": {"text_encoder": stage}, "weights": weights}
 
@@ -123,10 +133,9 @@ class TextEncoderStage:
     def _run(self, sequences: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], torch.Tensor]:
         if not sequences:
             return {}
-        device = next(self._encoder.parameters()).device
         longest = max(map(len, sequences))
-        ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences], device=device)
-        embeddings = self._encoder(ids, [len(tokens) for tokens in sequences]).float().cpu()
+        ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences])
+        embeddings = self._encoder(ids, [len(tokens) for tokens in sequences]).cpu().float()
         return {tokens: row[: len(tokens)].clone() for tokens, row in zip(sequences, embeddings, strict=True)}
 
     def _remember(self, *groups: Mapping[tuple[int, ...], torch.Tensor | TurboError]) -> None:

@@ -1,7 +1,5 @@
 """Triton adapter of the text encoder: PROMPT -> TEXT_EMBEDDINGS, TEXT_LENGTH, TEXT_REPORT."""
 
-import torch
-
 from turbo_backend import triton_adapter as triton
 from turbo_backend.errors import TurboError
 from turbo_backend.settings import Settings
@@ -29,10 +27,8 @@ class TritonPythonModel:
     def _respond(self, request, outcome):
         if isinstance(outcome, TurboError):
             return triton.error_response(outcome, request.request_id())
-        padded = torch.zeros(self._stage.text_len, outcome.embeddings.shape[1])
-        padded[: outcome.length] = outcome.embeddings
         return triton.response(
-            triton.write_tensor("TEXT_EMBEDDINGS", padded),
+            triton.write_tensor("TEXT_EMBEDDINGS", outcome.padded(self._stage.text_len)),
             triton.write_integer("TEXT_LENGTH", outcome.length),
             triton.write_json("TEXT_REPORT", outcome.report()),
         )
