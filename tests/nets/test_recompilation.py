@@ -73,7 +73,7 @@ def test_denoiser(compiled: Compiled, attention_type: str, quantized: bool) -> N
 
 def test_vae_decoder(compiled: Compiled) -> None:
     """Tiles of pixels follow the resolution: each variant of a kernel compiles at most once more for a new one."""
-    net = WanVAE(VAEConfig(base_dim=32)).to(CUDA, torch.bfloat16)
+    net = WanVAE(VAEConfig(base_dim=16)).to(CUDA, torch.bfloat16)
 
     def compiles(*size: int) -> Compiled:
         net.decode(torch.randn(1, 16, *size, device=CUDA))
@@ -82,6 +82,5 @@ def test_vae_decoder(compiled: Compiled) -> None:
     first = compiles(2, 60, 104)
     assert first
     assert not compiles(4, 60, 104)
-    for size in ((90, 160), (50, 70)):
-        assert compiles(2, *size) <= first
-        assert not compiles(3, *size)
+    assert compiles(2, 50, 70) <= first
+    assert not compiles(3, 50, 70)
