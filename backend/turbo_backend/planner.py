@@ -1,15 +1,16 @@
 """What serving takes of a GPU's memory, predicted before anything is loaded; and what to serve on how much of it.
 
-Every model of the server is a process with a CUDA context and a memory cache of its own, which does not give back what
-it once took: the peaks of all stages add up, though they do not happen at one time. The figures are upper estimates
-from shapes (`memory` has the workspaces), for requests that run one at a time.
+Every model of the server is a process with a CUDA context, weights and a memory cache of its own. What it takes besides
+its weights it gives back after each request, so that of the workspaces those add up whose stages work at one time: for
+requests that come one at a time, or overlap in two stages, the two largest. The figures are estimates from shapes, held
+against measured peaks (`memory` has the workspaces).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal
@@ -25,10 +26,11 @@ from turbo_backend.parameters import RESOLUTIONS, GenerationParameters, adaptive
 if TYPE_CHECKING:
     from turbo_backend.checkpoints.recognise import Specs
 
-#: A CUDA context with the libraries' own buffers.
-CONTEXT_BYTES = 600 * 2**20
+#: A CUDA context with the libraries' own buffers, of a stage's process and of the server itself.
+CONTEXT_BYTES = 760 * 2**20
+SERVER_BYTES = 590 * 2**20
 
-Placement = Literal["resident", "swapped"]
+Placement = Literal["resident", "spread", "swapped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ def plan_memory(
 
     Args:
         dtype: of the networks; the image encoder's VAE is in float32 whatever this is.
-        placement: whether all experts are on the GPU or one at a time.
+        placement: whether all experts are on this GPU, or one alone (`spread`), or one at a time.
         text_encoder_on_cpu: leaves that stage out.
         quant_text_encoder: its blocks' linears in e4m3, its token table in the host's memory.
     """
@@ -85,6 +87,12 @@ def plan_memory(
             workspace=encoder_bytes(model.vae, parameters, device=device),
         )
     return stages
+
+
+def total_bytes(stages: Mapping[str, StageMemory]) -> int:
+    """What a server of these stages takes of one GPU when two of them work at once."""
+    held = SERVER_BYTES + sum(stage.weights + CONTEXT_BYTES for stage in stages.values())
+    return held + sum(sorted(stage.workspace for stage in stages.values())[-2:])
 
 
 def weight_bytes(specs: Specs, dtype: torch.dtype, *, keep_fp32: tuple[str, ...] = ()) -> int:
@@ -122,11 +130,36 @@ def _vae_weights(config: VAEConfig, dtype: torch.dtype, parts: tuple[str, ...]) 
 
 
 def choose_placement(
-    model: ModelConfig, parameters: GenerationParameters, *, dtype: torch.dtype, quant_linear: bool, free: int
+    model: ModelConfig,
+    parameters: GenerationParameters,
+    *,
+    dtype: torch.dtype,
+    quant_linear: bool,
+    quant_text_encoder: bool = False,
+    free: int,
+    free_beside: int = 0,
 ) -> Placement:
-    """Where a model's experts go: all of them on a GPU where its `free` bytes hold the other stages as well."""
-    stages = plan_memory(model, parameters, dtype=dtype, quant_linear=quant_linear)
-    return "resident" if sum(stage.peak for stage in stages.values()) <= free else "swapped"
+    """Where a model's experts go: all on a GPU that holds them and the other stages, else each on one of two, else one.
+
+    Args:
+        free: bytes of the GPU that all stages are on.
+        free_beside: bytes of another GPU, for the second expert alone.
+    """
+
+    def plan(placement: Placement) -> dict[str, StageMemory]:
+        return plan_memory(
+            model,
+            parameters,
+            dtype=dtype,
+            quant_linear=quant_linear,
+            quant_text_encoder=quant_text_encoder,
+            placement=placement,
+        )
+
+    if total_bytes(plan("resident")) <= free:
+        return "resident"
+    spread = plan("spread")
+    return "spread" if total_bytes(spread) <= free and spread["denoiser"].peak <= free_beside else "swapped"
 
 
 def check_request(
@@ -205,7 +238,7 @@ class Configuration:
             quant_linear=self.quant_linear,
             text_encoder_on_cpu=self.text_encoder_on_cpu,
         )
-        return sum(stage.peak for stage in stages.values())
+        return total_bytes(stages)
 
 
 def _configuration(model: str, resolution: str, num_steps: int, *, quant: bool, text_on_cpu: bool) -> Configuration:

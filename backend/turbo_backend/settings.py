@@ -25,7 +25,7 @@ PREFIX = "TURBO_"
 
 Weights = Literal["checkpoint", "random"]
 Provider = Literal["auto", "reference", "triton", "spargeattn"]
-ExpertPlacement = Literal["auto", "resident", "swapped"]
+ExpertPlacement = Literal["auto", "resident", "spread", "swapped"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 _TRUE = ("1", "true", "yes", "on")
@@ -85,8 +85,8 @@ class Settings(BaseModel):
     )
     expert_placement: ExpertPlacement = Field(
         "auto",
-        description="Where a model's two experts are: both on the GPU (`resident`), one there and both in page-locked "
-        "host memory (`swapped`), or `auto`: both where they fit.",
+        description="Where a model's two experts are: both on the GPU (`resident`), the second on the next GPU "
+        "(`spread`), one there and both in page-locked host memory (`swapped`), or `auto`: the first that fits.",
     )
     max_batch_size: int = Field(
         8, ge=1, le=8, description="Largest batch a stage runs at once; config.pbtxt admits up to 8."
@@ -190,6 +190,14 @@ class Settings(BaseModel):
                 f"{PREFIX}DEVICE = {self.device_name!r}: must be cuda:0 to cuda:{torch.cuda.device_count() - 1}"
             )
         return torch.device("cuda", number)
+
+    @property
+    def device_beside(self) -> torch.device | None:
+        """The next GPU, for a second expert; None where there is one alone, or none."""
+        import torch
+
+        home, count = self.device, torch.cuda.device_count()
+        return torch.device("cuda", (home.index + 1) % count) if home.type == "cuda" and count > 1 else None
 
     @property
     def dtype(self) -> torch.dtype:

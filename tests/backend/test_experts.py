@@ -16,7 +16,7 @@ from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.noise import draw_noise
 from turbo_backend.stages.denoiser import DenoisedStep, DenoiseRequest, DenoiserStage
-from turbo_backend.stages.experts import Experts, ResidentExperts, SwappedExperts
+from turbo_backend.stages.experts import Experts, ResidentExperts, SpreadExperts, SwappedExperts
 
 MakeExperts = Callable[[], list[WanDiT]]
 CPU = torch.device("cpu")
@@ -208,6 +208,32 @@ def test_weights_are_those_of_the_selected_expert(image_model: ModelConfig, make
         assert torch.equal(tensor, nets[0].state_dict()[name]), name
 
 
+def test_spread_experts_give_the_same_bits(
+    stage: DenoiserStage, image_model: ModelConfig, make_experts: MakeExperts
+) -> None:
+    spread = make_stage(SpreadExperts(make_experts(), CPU), image_model)
+    for one, other in zip(run(stage, make_request(image_model)), run(spread, make_request(image_model)), strict=True):
+        assert isinstance(one, DenoisedStep)
+        assert isinstance(other, DenoisedStep)
+        assert one.latents is not None
+        assert other.latents is not None
+        assert torch.equal(one.latents, other.latents)
+        assert other.report is not None
+        assert other.report["stages"]["denoiser"]["expert_placement"] == "spread"  # type: ignore[index]
+
+
+def test_the_estimate_of_an_expert_elsewhere_comes_home(image_model: ModelConfig, make_experts: MakeExperts) -> None:
+    """As far as one device goes: home is `meta`, which holds no values, and the networks are on the CPU."""
+    request = make_request(image_model)
+    net = SpreadExperts(make_experts(), torch.device("meta")).select(1)
+    context = net.prepare_context(request.text_embeddings[None], [request.text_length])
+    settings = AttentionSettings(attention_type="original", sla_topk=0.1, provider="reference")
+    inputs = torch.zeros(1, 36, 2, 18, 32), torch.tensor([900.0], dtype=torch.float64)
+    estimate = net(*inputs, context, attention=settings)
+    assert estimate.device.type == "meta"
+    assert estimate.shape == (1, 16, 2, 18, 32)
+
+
 def test_images_that_do_not_belong_are_refused(stage: DenoiserStage, image_model: ModelConfig) -> None:
     good = make_request(image_model)
     without = DenoiseRequest(
@@ -236,10 +262,10 @@ def test_images_that_do_not_belong_are_refused(stage: DenoiserStage, image_model
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("quant_linear", [False, True])
-def test_swapped_experts_give_the_same_bits_on_the_gpu(image_model: ModelConfig, quant_linear: bool) -> None:
+def test_placements_give_the_same_bits_on_the_gpu(image_model: ModelConfig, quant_linear: bool) -> None:
     device = torch.device("cuda", 0)
 
-    def load(seed: int) -> WanDiT:
+    def load(seed: int, device: torch.device = device) -> WanDiT:
         layout = DenoiserLayout(image_model.dit, quant_linear=quant_linear)
         net = layout.build()
         initialize_random(net, seed, device=device, dtype=torch.bfloat16, keep_fp32=layout.keep_fp32)
@@ -250,9 +276,11 @@ def test_swapped_experts_give_the_same_bits_on_the_gpu(image_model: ModelConfig,
         return make_stage(experts, image_model, device=device, dtype=torch.bfloat16, provider="triton")
 
     resident = stage_of(ResidentExperts([load(0), load(1)]))
-    swapped = stage_of(SwappedExperts([lambda: load(0), lambda: load(1)], device))
-    for _ in range(3):
-        for one, other in zip(run(resident, *mixed(image_model)), run(swapped, *mixed(image_model)), strict=True):
+    others = [stage_of(SwappedExperts([lambda: load(0), lambda: load(1)], device))] * 3
+    if torch.cuda.device_count() > 1:
+        others.append(stage_of(SpreadExperts([load(0), load(1, torch.device("cuda", 1))], device)))
+    for stage in others:
+        for one, other in zip(run(resident, *mixed(image_model)), run(stage, *mixed(image_model)), strict=True):
             if isinstance(one, DenoisedStep) and isinstance(other, DenoisedStep):
                 assert one.latents is not None
                 assert other.latents is not None

@@ -4,9 +4,9 @@
     python tests/benches/bench_end_to_end.py --url 127.0.0.1:8001 --runs 5 --target 1.45 --target-gib 24
 
 Each run has a prompt of its own, and with `--image WIDTHxHEIGHT` an image, so that no cache helps; the first `--warmup`
-runs do not count. With images one more run repeats the last of them: what its cache saves. Memory is that of all
-processes on the GPU; each stage's peak, as it reports it, stands beside the prediction of `turbo_backend.planner`. The
-last stdout line is one JSON object.
+runs do not count. With images one more run repeats the last of them: what its cache saves. Memory is the most that all
+processes on the GPU held at one time; each stage's peak, as it reports it, stands beside the prediction of
+`turbo_backend.planner`. The last stdout line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import json
 import shutil
 import statistics
 import subprocess
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,14 +41,35 @@ Report = Mapping[str, Any]
 Row = dict[str, Any]
 
 
-def gpu_memory() -> list[dict[str, str]]:
-    """Name and memory of each GPU as nvidia-smi tells, none where there is no such program."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    fields = ("name", "memory.used", "memory.total", "driver_version")
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [dict(zip(fields, (part.strip() for part in line.split(",")), strict=True)) for line in lines]
+class GpuWatch:
+    """Samples the memory used of all GPUs ten times a second, as nvidia-smi tells; nothing where there is none."""
+
+    def __init__(self) -> None:
+        self._samples: dict[str, list[float]] = defaultdict(list)
+        self._smi: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> GpuWatch:
+        if shutil.which("nvidia-smi") is not None:
+            query = ["--query-gpu=index,memory.used", "--format=csv,noheader,nounits", "--loop-ms=100"]
+            self._smi = subprocess.Popen(["nvidia-smi", *query], stdout=subprocess.PIPE, text=True)
+            threading.Thread(target=self._read, args=(self._smi,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._smi is not None:
+            self._smi.terminate()
+            self._smi.wait()
+
+    def _read(self, smi: subprocess.Popen[str]) -> None:
+        assert smi.stdout is not None
+        for line in smi.stdout:
+            index, mebibytes = line.split(",")
+            self._samples[index].append(float(mebibytes))
+
+    @property
+    def peak_gib(self) -> float | None:
+        """Of each GPU the most, summed."""
+        return sum(max(samples) for samples in self._samples.values()) / 1024 if self._samples else None
 
 
 def draw_image(size: str, seed: int) -> bytes:
@@ -115,7 +138,7 @@ def main() -> None:
     seconds: list[float] = []
     images: dict[str, list[float]] = {"new": [], "cached": []}
     total = arguments.warmup + arguments.runs
-    with Client(arguments.url, timeout=600) as client:
+    with Client(arguments.url, timeout=600) as client, GpuWatch() as gpus:
         client.wait_ready()
 
         def generate(run: int, seed: int) -> Video:
@@ -153,10 +176,8 @@ def main() -> None:
         for which, times in images.items()
         if times
     ]
-    gpus = gpu_memory()
-    if gpus:
-        used = sum(float(gpu["memory.used"].split()[0]) for gpu in gpus) / 1024
-        rows.append(row(f"GPU memory of all processes, {kind}", used, "GiB", arguments.target_gib))
+    if gpus.peak_gib is not None:
+        rows.append(row(f"most GPU memory of all processes, {kind}", gpus.peak_gib, "GiB", arguments.target_gib))
     rows += memory_rows(report, quant_text_encoder=arguments.quant_text_encoder)
     for one in rows:
         print(json.dumps(one))
@@ -167,7 +188,6 @@ def main() -> None:
                 "commit": arguments.commit,
                 "rows": rows,
                 "seconds": [round(run, 3) for run in seconds],
-                "gpu": gpus,
                 "report": report,
             },
             ensure_ascii=False,

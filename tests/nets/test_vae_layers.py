@@ -11,6 +11,7 @@ from turbo_backend.nets.vae_layers import (
     FrameAttention,
     FrameHistory,
     ResidualBlock,
+    attend_by_convolution,
     convolve,
     norm_silu,
     rms_norm,
@@ -98,3 +99,10 @@ def test_blocks_are_differentiable_outside_inference_mode() -> None:
         history = FrameHistory()
         again = block(x_THWC, history).square().mean() + block(x_THWC, history).square().mean()
     torch.testing.assert_close(again, loss.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.oracle
+def test_attention_by_convolution() -> None:
+    q, k, v = (torch.randn(2, 1, 35, 16, generator=torch.Generator().manual_seed(seed)) * 2 for seed in range(3))
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    torch.testing.assert_close(attend_by_convolution(q, k, v).double(), expected, rtol=1e-5, atol=1e-5)

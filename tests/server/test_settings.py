@@ -69,7 +69,7 @@ def test_booleans_are_read_in_their_usual_spellings(text: str, value: bool) -> N
         ("TURBO_DEVICE", "cuda:", "auto, cpu, cuda or cuda:N"),
         ("TURBO_DTYPE", "int8", "auto, float32, bfloat16 or float16"),
         ("TURBO_TEXT_ENCODER_DEVICE", "cuda", "auto or cpu"),
-        ("TURBO_EXPERT_PLACEMENT", "host", "auto, resident or swapped"),
+        ("TURBO_EXPERT_PLACEMENT", "host", "auto, resident, spread or swapped"),
         ("TURBO_IMAGE_CACHE_ENTRIES", "-1", "greater than or equal to 0"),
         ("TURBO_NUM_THREADS", "-1", "greater than or equal to 0"),
         ("TURBO_NUM_THREADS", "two", "an integer"),

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+#: Bytes of a float32 draft whose memory goes back before the next: smaller tensors would settle in it for good.
+_LARGE_DRAFT = 1 << 28
 #: Standard deviation of the integers -127 to 127, all equally likely.
 _INT8_STD = math.sqrt((255**2 - 1) / 12)
 
@@ -50,11 +52,14 @@ def initialize_random(
             if target.type == "meta":
                 raise ValueError(f"{full_name} is on meta: say on which device its weights shall be")
             values = _draw(full_name, module, tensor.shape, seed, generator_device)
+            is_large = values.is_cuda and values.nbytes >= _LARGE_DRAFT
             if tensor.is_floating_point():
                 is_kept = name == "scale" or any(part in full_name for part in keep_fp32)
                 values = values.to(torch.float32 if is_kept else dtype or tensor.dtype)
             values = values.to(target)
             setattr(module, name, nn.Parameter(values, requires_grad=False) if is_parameter else values)
+            if is_large:
+                torch.cuda.empty_cache()
 
 
 def _draw(

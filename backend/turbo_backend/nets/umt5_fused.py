@@ -74,7 +74,8 @@ class FusedEncoder:
 
     def record(self, max_tokens: int) -> None:
         """Makes ready for prompts of up to `max_tokens` tokens; for longer ones it is done when the first comes."""
-        for size in range(PADDING, max_tokens + PADDING, PADDING):
+        largest = -(-max_tokens // PADDING) * PADDING
+        for size in range(largest, 0, -PADDING):  # shorter ones then find room in what longer ones have used
             self._recording(size)
 
     @torch.inference_mode()

@@ -157,7 +157,7 @@ class WanVAE(nn.Module):
 
     @torch.inference_mode()
     def encode_image(self, image: Tensor, *, num_frames: int) -> Tensor:
-        """An image followed by frames of 0 (mid-grey): what `encode` gives for that video, bit for bit, but sooner.
+        """An image followed by frames of 0 (mid-grey): what `encode` gives for that video, but sooner.
 
         Args:
             image: [3, H, W] in [-1, 1], H and W multiples of 8.
@@ -175,9 +175,9 @@ class WanVAE(nn.Module):
             raise InvalidArgument("image, num_frames", shown, "[3, H, W] with H and W multiples of 8, and 4k + 1")
         weight = self.conv1.weight
         image_1HWC = image.permute(1, 2, 0)[None].to(weight).contiguous()
-        grey_THWC = image_1HWC.new_zeros(TEMPORAL_FACTOR, *image_1HWC.shape[1:])
-        chunks = StillEncoder(self.encoder, image_1HWC, grey_THWC)(num_frames // TEMPORAL_FACTOR)
-        return self._to_latents([self.conv1(chunk) for chunk in chunks])
+        grey_THWC = image_1HWC.new_zeros(2, *image_1HWC.shape[1:])
+        still = StillEncoder(self.encoder, image_1HWC, grey_THWC)
+        return self._to_latents([self.conv1(frame) for frame in still(1 + num_frames // TEMPORAL_FACTOR)])
 
     def _encode_sample(self, video_CFHW: Tensor) -> Tensor:
         history = FrameHistory()

@@ -277,9 +277,33 @@ class FrameAttention(nn.Module):
         num_frames, height, width, channels = x_THWC.shape
         qkv_THWC = self.to_qkv(rms_norm(x_THWC, self.norm.gamma))
         q, k, v = qkv_THWC.reshape(num_frames, 1, height * width, 3 * channels).chunk(3, dim=-1)
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = attend_by_convolution(q, k, v) if _is_tf32(q) else F.scaled_dot_product_attention(q, k, v)
         y_THWC: Tensor = self.proj(attended.reshape(num_frames, height, width, channels))
         return y_THWC.add_(x_THWC)
+
+
+def _is_tf32(x: Tensor) -> bool:
+    """Whether convolutions of x round its factors to TF32, as cuDNN does unless told otherwise."""
+    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+
+
+def attend_by_convolution(q_T1PC: Tensor, k_T1PC: Tensor, v_T1PC: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v frame by frame, its products in the precision of the convolutions around it.
+
+    PyTorch's float32 attention of one head this wide takes ten times as long (9.6 ms a frame of 720p).
+    """
+    frames = []
+    for q_PC, k_PC, v_PC in zip(q_T1PC[:, 0], k_T1PC[:, 0], v_T1PC[:, 0], strict=True):
+        scores_PS = _multiply_by_convolution(q_PC * q_PC.shape[1] ** -0.5, k_PC)
+        frames.append(_multiply_by_convolution(scores_PS.softmax(-1), v_PC.t().contiguous()))
+    return torch.stack(frames).unsqueeze(1)
+
+
+def _multiply_by_convolution(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """x weight^T as a 1x1 convolution."""
+    x_1KM1 = x_MK.contiguous().t()[None, :, :, None]  # channels last in memory
+    weight = weight_NK[:, :, None, None].contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x_1KM1, weight)[0, :, :, 0].t().contiguous()
 
 
 class MiddleBlocks(nn.ModuleList):

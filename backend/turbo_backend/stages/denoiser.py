@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import InvalidArgument, TurboError
 from turbo_backend.manifest import device_name, merge_reports, versions
-from turbo_backend.memory import as_turbo_error, decoder_bytes, denoiser_bytes, free_bytes, gpu_peak
+from turbo_backend.memory import as_turbo_error, decoder_bytes, denoiser_bytes, free_bytes, gpu_peak, release_workspace
 from turbo_backend.nets.attention import AttentionSettings, TextContext
 from turbo_backend.noise import draw_noise
 from turbo_backend.parameters import MAX_SEED, GenerationParameters, make_parameters
@@ -164,6 +164,7 @@ class DenoiserStage:
                         waiting.append(run)
                         break
             runs = waiting
+        release_workspace()
 
     def _admit(self, index: int, request: DenoiseRequest | TurboError) -> _Admitted:
         if isinstance(request, TurboError):

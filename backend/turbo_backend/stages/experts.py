@@ -1,4 +1,4 @@
-"""Where the denoiser networks of a model are: all on the device, or one there and the others in the host's memory."""
+"""Where the denoiser networks of a model are: all on the device, each on its own, or one there and all on the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Experts(Protocol):
     """The networks of one model, the high-noise one first; one thread uses them.
 
     Attributes:
-        placement: `resident` or `swapped`, for the report.
+        placement: `resident`, `spread` or `swapped`, for the report.
         switch_is_free: whether going from one expert to another costs nothing.
     """
 
@@ -47,6 +47,26 @@ class ResidentExperts:
 
     def switch_during_next_run(self, expert: int) -> None:
         """Nothing to do."""
+
+
+class SpreadExperts(ResidentExperts):
+    """Each network on a GPU of its own; the state stays on the home device.
+
+    A network elsewhere is given its inputs there, and its estimate comes home: 19 MB each way at 720p in bfloat16.
+
+    Args:
+        nets: where they run, the first on the home device.
+        home: where latents come from and estimates go to.
+    """
+
+    placement = "spread"
+
+    def __init__(self, nets: Sequence[WanDiT], home: torch.device) -> None:
+        super().__init__(nets)
+        for net in nets:
+            if net.device != home:
+                net.register_forward_pre_hook(lambda net, inputs: _moved(inputs, net.device))
+                net.register_forward_hook(lambda _, inputs, estimate: estimate.to(home))
 
 
 class SwappedExperts:
@@ -121,6 +141,11 @@ class SwappedExperts:
         with torch.cuda.stream(self._stream):
             for name in self._groups[group]:
                 self._tensors[name].copy_(host[name], non_blocking=True)
+
+
+def _moved(inputs: tuple[object, ...], device: torch.device) -> tuple[object, ...]:
+    """The same with its tensors on `device`; a text context is made by its network and is there."""
+    return tuple(one.to(device) if isinstance(one, torch.Tensor) else one for one in inputs)
 
 
 def _group(name: str) -> str:

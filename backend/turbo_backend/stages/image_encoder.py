@@ -13,7 +13,7 @@ import torch
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import InvalidArgument, TurboError
 from turbo_backend.image import ImageHeader, crop_box, decode_image, read_header, resize_image, to_unit_range
-from turbo_backend.memory import as_turbo_error, encoder_bytes, free_bytes, gpu_peak
+from turbo_backend.memory import as_turbo_error, encoder_bytes, free_bytes, gpu_peak, release_workspace
 from turbo_backend.nets.vae import WanVAE
 from turbo_backend.parameters import GenerationParameters, make_parameters
 from turbo_backend.planner import check_request
@@ -95,6 +95,8 @@ class ImageEncoderStage:
                 outcomes.append(self._encode(request))
             except Exception as error:
                 outcomes.append(as_turbo_error(error, "image_encoder"))
+        if any(isinstance(outcome, EncodedImage) and not outcome.cache_hit for outcome in outcomes):
+            release_workspace()
         return outcomes
 
     def _encode(self, request: ImageRequest) -> EncodedImage:

@@ -29,10 +29,10 @@ from turbo_backend.memory import free_bytes, settle_gpu
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.parameters import RESOLUTIONS, Delivery, make_parameters
-from turbo_backend.planner import choose_placement
+from turbo_backend.planner import Placement, choose_placement
 from turbo_backend.settings import Settings
 from turbo_backend.stages.denoiser import DenoisedStep, DenoiseRequest, DenoiserStage
-from turbo_backend.stages.experts import Experts, ResidentExperts, SwappedExperts
+from turbo_backend.stages.experts import Experts, ResidentExperts, SpreadExperts, SwappedExperts
 from turbo_backend.stages.image_encoder import ImageEncoderStage
 from turbo_backend.stages.text_encoder import TextEncoderStage
 from turbo_backend.stages.vae_decoder import DecodeRequest, VAEDecoderStage
@@ -73,6 +73,7 @@ def load_text_encoder(settings: Settings) -> TextEncoderStage:
     encoder.prepare_for_inference(device, quantize=quantize)
     settle_gpu(device)
     encoder.warm_up(model.dit.text_len)
+    settle_gpu(device)
     stage = TextEncoderStage(
         encoder,
         Tokenizer.from_folder(files.tokenizer if files else tiny_checkpoint_folder() / "tokenizer"),
@@ -102,6 +103,7 @@ def load_image_encoder(settings: Settings) -> ImageEncoderStage:
     stage = ImageEncoderStage(vae, model, cache_entries=settings.image_cache_entries, fingerprint=fingerprint)
     width, height = RESOLUTIONS[model.default_resolution]["16:9"]
     vae.encode_image(torch.zeros(3, height, width, device=settings.device), num_frames=model.default_num_frames)
+    settle_gpu(settings.device)
     return stage
 
 
@@ -141,35 +143,49 @@ def load_denoiser(settings: Settings) -> DenoiserStage:
 
 def _load_experts(layout: DenoiserLayout, paths: Sequence[Path | None], settings: Settings) -> tuple[Experts, str]:
     """The denoiser networks where they will run from, and the fingerprints of their weights."""
-    placement = settings.expert_placement
-    if len(paths) == 1:
-        placement = "resident"
-    elif placement == "auto":
-        model = settings.served_model
-        placement = "resident"
-        if settings.device.type == "cuda":
-            placement = choose_placement(
-                model,
-                make_parameters(model, {}, seed=1),
-                dtype=settings.dtype,
-                quant_linear=settings.quant_linear,
-                free=free_bytes(settings.device),
-            )
+    placement = _place_experts(settings, len(paths))
     fingerprints: list[str] = []
 
-    def load(expert: int) -> WanDiT:
-        net, fingerprint = _load(layout, paths[expert], settings, seed=_RANDOM_SEED + expert)
+    def load(expert: int, device: torch.device = settings.device) -> WanDiT:
+        net, fingerprint = _load(layout, paths[expert], settings, device=device, seed=_RANDOM_SEED + expert)
         net.prepare_for_inference()
-        settle_gpu(settings.device)
+        settle_gpu(device)
         fingerprints.append(fingerprint)
         return net
 
     experts: Experts
     if placement == "resident":
         experts = ResidentExperts([load(expert) for expert in range(len(paths))])
+    elif placement == "spread":
+        beside = settings.device_beside
+        if beside is None:
+            raise Misconfigured(f"TURBO_EXPERT_PLACEMENT = spread: takes two GPUs, and {settings.device} is alone")
+        check = self_check(beside, settings.served_model.dit.head_dim, settings.provider)
+        if not check.passed:
+            raise Misconfigured(f"{settings.provider} fails its self-check on {beside}: {check.details}")
+        experts = SpreadExperts([load(0), load(1, beside)], settings.device)
     else:
         experts = SwappedExperts([partial(load, expert) for expert in range(len(paths))], settings.device)
     return experts, " ".join(fingerprints)
+
+
+def _place_experts(settings: Settings, num_experts: int) -> Placement:
+    if num_experts == 1:
+        return "resident"
+    if settings.expert_placement != "auto":
+        return settings.expert_placement
+    if settings.device.type != "cuda":
+        return "resident"
+    model, beside = settings.served_model, settings.device_beside
+    return choose_placement(
+        model,
+        make_parameters(model, {}, seed=1),
+        dtype=settings.dtype,
+        quant_linear=settings.quant_linear,
+        quant_text_encoder=settings.quant_text_encoder,
+        free=free_bytes(settings.device),
+        free_beside=0 if beside is None else free_bytes(beside),
+    )
 
 
 def load_vae_decoder(settings: Settings) -> VAEDecoderStage:

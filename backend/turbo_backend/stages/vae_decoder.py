@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from turbo_backend.errors import InvalidArgument, TurboError
 from turbo_backend.host_copy import HostCopy
 from turbo_backend.manifest import make_manifest
-from turbo_backend.memory import as_turbo_error, gpu_peak
+from turbo_backend.memory import as_turbo_error, gpu_peak, release_workspace
 from turbo_backend.nets.vae import WanVAE
 from turbo_backend.parameters import Delivery
 from turbo_backend.video import MP4Encoder, encode_jpeg, to_uint8, to_yuv420
@@ -93,6 +93,7 @@ class VAEDecoderStage:
             for first in range(0, len(members), at_once):
                 indices = members[first : first + at_once]
                 yield from self._decode_group(indices, [requests[index] for index in indices])
+        release_workspace()
 
     def _decode_group(
         self, indices: Sequence[int], requests: Sequence[DecodeRequest]
