@@ -13,7 +13,6 @@ Source: Wan2.1 VAE for the layers.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import no_type_check
 
@@ -24,7 +23,17 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turbo_kernels.checks import check_float
-from turbo_kernels.norm_silu import norm_silu, norm_silu_reference, silu_of_norm
+from turbo_kernels.conv_tiles import (
+    Tiling,
+    finish_tile,
+    frame_descriptor,
+    has_large_shared_memory,
+    load_tile,
+    readable,
+    slice_of,
+    tile_shape,
+)
+from turbo_kernels.norm_silu import norm_silu, norm_silu_reference
 from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
 #: Frames before the first that a convolution sees.
@@ -167,46 +176,9 @@ def norm_silu_into(x_THWC: torch.Tensor, gamma_C: torch.Tensor, ring_RHWC: torch
 
 @triton.jit
 @no_type_check
-def load_tile(frames, i_frame, i_y, i_x, i_c, M: tl.constexpr, K: tl.constexpr):
-    """[M, K]: channels i_c .. of the tile of pixels at (i_y, i_x); zeros outside the frame."""
-    return tl.reshape(frames.load([i_frame, i_y, i_x, i_c]), [M, K])
-
-
-@triton.jit
-@no_type_check
-def finish_tile(
-    acc_1, acc_2, residual, gamma, bias, out, y, o_m, o_norm, inside, i_n, N,
-    N1: tl.constexpr, N2: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """Bias, residual, norm and SiLU of a tile in fp32, and its stores; int64 rows of its pixels in out and y."""
-    o_1 = i_n + tl.arange(0, N1)
-    at_1 = o_m[:, None] * N + o_1[None, :]
-    mask_1 = inside[:, None] & (o_1 < N)[None, :]
-    acc_1 += tl.load(bias + o_1)[None, :]
-    if RESIDUAL:
-        acc_1 += tl.load(residual + at_1, mask=mask_1, other=0.0).to(tl.float32)
-    if N2 > 0:
-        o_2 = i_n + N1 + tl.arange(0, N2)
-        at_2 = o_m[:, None] * N + o_2[None, :]
-        mask_2 = inside[:, None] & (o_2 < N)[None, :]
-        acc_2 += tl.load(bias + o_2)[None, :]
-        if RESIDUAL:
-            acc_2 += tl.load(residual + at_2, mask=mask_2, other=0.0).to(tl.float32)
-    if KEEP:
-        tl.store(out + at_1, acc_1.to(out.dtype.element_ty), mask=mask_1)
-        if N2 > 0:
-            tl.store(out + at_2, acc_2.to(out.dtype.element_ty), mask=mask_2)
-    if NORM:
-        norm_at_1 = o_norm[:, None] * N + o_1[None, :]
-        squares = tl.sum(acc_1 * acc_1, 1)
-        if N2 > 0:
-            squares += tl.sum(acc_2 * acc_2, 1)
-        gamma_1 = tl.load(gamma + o_1, mask=o_1 < N, other=0.0)
-        tl.store(y + norm_at_1, silu_of_norm(acc_1, squares, gamma_1, N).to(y.dtype.element_ty), mask=mask_1)
-        if N2 > 0:
-            gamma_2 = tl.load(gamma + o_2, mask=o_2 < N, other=0.0)
-            norm_at_2 = o_norm[:, None] * N + o_2[None, :]
-            tl.store(y + norm_at_2, silu_of_norm(acc_2, squares, gamma_2, N).to(y.dtype.element_ty), mask=mask_2)
+def _load_filters(filters, row, i_n, C: tl.constexpr):
+    """[K, N] of each place in time, from those rows of the first one on."""
+    return filters.load([row, i_n]), filters.load([row + 9 * C, i_n]), filters.load([row + 18 * C, i_n])
 
 
 @triton.jit(do_not_specialize=["first", "norm_first", "num_x"])
@@ -236,6 +208,7 @@ def causal_conv3d_kernel(
     N1: tl.constexpr,
     N2: tl.constexpr,
     NUM_N: tl.constexpr,
+    FETCH_ONCE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     NORM: tl.constexpr,
     KEEP: tl.constexpr,
@@ -252,22 +225,38 @@ def causal_conv3d_kernel(
     accs_2 = accs_1
     if N2 > 0:
         accs_2 = (tl.zeros([M, N2], dtype=tl.float32),) * FRAMES
-    # One product an accumulator in each turn: the compiler leaves those in flight.
-    for i in range(27 * SLICES):
-        k_t = i % 3
-        i_c = i // 3 % SLICES * K
-        tap = i // (3 * SLICES)
-        row = (9 * k_t + tap) * C + i_c
-        b_f1 = filters_1.load([row, i_n])
-        if N2 > 0:
-            b_f2 = filters_2.load([row, i_n + N1])
-        for t in tl.static_range(FRAMES):
-            b_x = load_tile(frames, (first + i_t + t + k_t) % R, tap // 3 - 1 + i_y, tap % 3 - 1 + i_x, i_c, M, K)
-            b_acc = tl.dot(b_x, b_f1, accs_1[t], input_precision="ieee")
-            accs_1 = accs_1[:t] + (b_acc,) + accs_1[t + 1 :]  # noqa: RUF005
+    if FETCH_ONCE:
+        for i in range(9 * SLICES):
+            i_c = i % SLICES * K
+            tap = i // SLICES
+            b_f1 = _load_filters(filters_1, tap * C + i_c, i_n, C)
+            b_f2 = _load_filters(filters_2, tap * C + i_c, i_n + N1, C) if N2 > 0 else b_f1
+            for f in tl.static_range(FRAMES + 2):
+                b_x = load_tile(frames, (first + i_t + f) % R, tap // 3 - 1 + i_y, tap % 3 - 1 + i_x, i_c, M, K)
+                for k_t in tl.static_range(3):
+                    if f >= k_t and f - k_t < FRAMES:
+                        b_acc = tl.dot(b_x, b_f1[k_t], accs_1[f - k_t], input_precision="ieee")
+                        accs_1 = accs_1[: f - k_t] + (b_acc,) + accs_1[f - k_t + 1 :]  # noqa: RUF005
+                        if N2 > 0:
+                            b_acc = tl.dot(b_x, b_f2[k_t], accs_2[f - k_t], input_precision="ieee")
+                            accs_2 = accs_2[: f - k_t] + (b_acc,) + accs_2[f - k_t + 1 :]  # noqa: RUF005
+    else:
+        # One product an accumulator in each turn: the compiler leaves those in flight.
+        for i in range(27 * SLICES):
+            k_t = i % 3
+            i_c = i // 3 % SLICES * K
+            tap = i // (3 * SLICES)
+            row = (9 * k_t + tap) * C + i_c
+            b_f1 = filters_1.load([row, i_n])
             if N2 > 0:
-                b_acc = tl.dot(b_x, b_f2, accs_2[t], input_precision="ieee")
-                accs_2 = accs_2[:t] + (b_acc,) + accs_2[t + 1 :]  # noqa: RUF005
+                b_f2 = filters_2.load([row, i_n + N1])
+            for t in tl.static_range(FRAMES):
+                b_x = load_tile(frames, (first + i_t + t + k_t) % R, tap // 3 - 1 + i_y, tap % 3 - 1 + i_x, i_c, M, K)
+                b_acc = tl.dot(b_x, b_f1, accs_1[t], input_precision="ieee")
+                accs_1 = accs_1[:t] + (b_acc,) + accs_1[t + 1 :]  # noqa: RUF005
+                if N2 > 0:
+                    b_acc = tl.dot(b_x, b_f2, accs_2[t], input_precision="ieee")
+                    accs_2 = accs_2[:t] + (b_acc,) + accs_2[t + 1 :]  # noqa: RUF005
     o_y = i_y + tl.arange(0, M) // TILE_W
     o_x = i_x + tl.arange(0, M) % TILE_W
     inside = (o_y < H) & (o_x < W)
@@ -280,73 +269,21 @@ def causal_conv3d_kernel(
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """How a convolution is cut and compiled.
-
-    Attributes:
-        frames: output frames of a program.
-        pixels: of a program in each of them.
-        slice: channels of C_in a turn.
-        columns: output channels of a program, the sum of two powers of two, the second 0 for none.
-    """
-
-    frames: int
-    pixels: int
-    slice: int
-    columns: tuple[int, int]
-    num_warps: int
-    num_stages: int
-
-
-def tile_shape(height: int, width: int, pixels: int) -> tuple[int, int]:
-    """Height and width, powers of two, of a tile of `pixels` that wastes least; the widest of equals."""
-    shapes = [(pixels // w, w) for w in (128, 64, 32, 16, 8) if w <= pixels]
-    return min(shapes, key=lambda s: (math.ceil(height / s[0]) * math.ceil(width / s[1]), s[0]))
-
-
-def slice_of(channels: int, largest: int) -> int:
-    """Largest power of two that divides `channels`, at most `largest`."""
-    return min(channels & -channels, largest)
-
-
-def has_large_shared_memory(x: torch.Tensor) -> bool:
-    """Whether a program of x's device may take more than 160 KiB of shared memory (compute 8.0, 9.0, 10.0)."""
-    if x.device.type != "cuda":
-        return False
-    size: int = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return size > 160_000
-
-
 def conv_tiling(in_channels: int, columns: int, num_frames: int, large: bool) -> Tiling:
-    """Measured on an H100 at 96, 192 and 384 channels.
+    """Measured on an H100 at 96, 192 and 384 channels, and at 3 columns.
 
     Bytes from the L2 cache decide, so a program takes as many frames and columns as its registers hold; two programs of
-    96 columns share a multiprocessor, which hides the end of one behind the middle of the other.
+    96 columns share a multiprocessor, which hides the end of one, and its waits, behind the middle of the other. From
+    192 columns on there is work enough for each byte, and fetching once gains nothing.
     """
     pair = 2 - num_frames % 2
     most = 4 if num_frames % 4 == 0 else pair
     if columns % 192 == 0 and large:
         return Tiling(pair, 128, slice_of(in_channels, 64), (128, 64), 8, 3)
     if columns % 96 == 0:
-        return Tiling(most if large else pair, 64, slice_of(in_channels, 32), (64, 32), 4, 4 if large else 2)
-    return Tiling(most, 128, slice_of(in_channels, 32), (slice_of(columns, 32), 0), 8, 4 if large else 2)
-
-
-def frame_descriptor(frames_THWC: torch.Tensor, block: tuple[int, int, int]) -> TensorDescriptor:
-    """Frames read in tiles of [1, *block] (height, width, channels)."""
-    return TensorDescriptor(frames_THWC, list(frames_THWC.shape), list(frames_THWC.stride()), [1, *block])
-
-
-def readable(frames_THWC: torch.Tensor) -> torch.Tensor:
-    """The frames, copied if a tensor descriptor cannot address them (contiguous channels, 16-byte strides)."""
-    size = frames_THWC.element_size()
-    aligned = frames_THWC.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in frames_THWC.stride()[:3])
-    return frames_THWC if aligned and frames_THWC.stride(3) == 1 else frames_THWC.contiguous()
-
-
-def _new(frames: torch.Tensor, channels: int) -> torch.Tensor:
-    return torch.empty(*frames.shape[:3], channels, dtype=frames.dtype, device=frames.device)
+        return Tiling(most if large else pair, 64, slice_of(in_channels, 32), (64, 32), 4, 2, fetch_once=True)
+    stages = 3 if large else 2
+    return Tiling(most, 128, slice_of(in_channels, 32), (slice_of(columns, 32), 0), 8, stages, fetch_once=True)
 
 
 def _conv_triton(
@@ -385,7 +322,7 @@ def _conv_triton(
             norm_out if fused else unused,
             H, W, N, first % R, R, norm_first, 1 if norm_out is None else len(norm_out), num_x,
             C=C, FRAMES=tiling.frames, TILE_H=tile_h, TILE_W=tile_w, K=k, N1=n1, N2=n2, NUM_N=num_n,
-            RESIDUAL=residual is not None, NORM=fused, KEEP=keeps,
+            FETCH_ONCE=tiling.fetch_once, RESIDUAL=residual is not None, NORM=fused, KEEP=keeps,
             num_warps=tiling.num_warps, num_stages=tiling.num_stages, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     if gamma is not None and norm_out is not None and out is not None and not fused:

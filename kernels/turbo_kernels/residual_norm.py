@@ -17,13 +17,13 @@ import triton.language as tl
 
 from turbo_kernels.checks import check_float
 from turbo_kernels.fp8_gelu_linear import Fp8Samples
-from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX, Fp8Rows, piece_warps, quantize_fp8_rows, row_pieces
+from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX, Fp8Rows, quantize_fp8_rows, row_pieces
 from turbo_kernels.gate_residual import gate_residual
 from turbo_kernels.layer_norm import layer_norm_modulate
 from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
-#: Tokens a program takes one after another.
-_ROWS = 4
+#: Values of the heads of its rows that a program takes: enough bytes in flight on a multiprocessor.
+_VALUES = 4096
 
 
 def residual_norm(
@@ -111,13 +111,24 @@ def residual_norm(
 
 @triton.jit
 @no_type_check
-def _load_factors(
-    weight, bias, scale, shift, gate, o_d, inside, AFFINE: tl.constexpr, MODULATE: tl.constexpr, GATE: tl.constexpr
-):
-    """h = LN * factor + offset for weight, bias, scale and shift together; and the gate."""
+def _add_branch(p_x, p_y, p_out, p_gate, mask, inside, RESIDUAL: tl.constexpr, GATE: tl.constexpr):
+    """x', as its dtype rounds it, in fp32; stored where something was added."""
+    b_x = tl.load(p_x, mask=mask, other=0.0)
+    if RESIDUAL:
+        b_y = tl.load(p_y, mask=mask, other=0.0).to(tl.float32)
+        if GATE:
+            b_y = b_y * tl.load(p_gate, mask=inside, other=0.0).to(tl.float32)[None, :]
+        b_x = (b_x.to(tl.float32) + b_y).to(p_out.dtype.element_ty)
+        tl.store(p_out, b_x, mask=mask)
+    return b_x.to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def _modulate(b_x, weight, bias, scale, shift, o_d, inside, AFFINE: tl.constexpr, MODULATE: tl.constexpr):
+    """x * factor + offset, which weight, bias, scale and shift make together."""
     b_factor = tl.full(o_d.shape, 1.0, dtype=tl.float32)
     b_offset = tl.zeros(o_d.shape, dtype=tl.float32)
-    b_gate = tl.full(o_d.shape, 1.0, dtype=tl.float32)
     if AFFINE:
         b_factor = tl.load(weight + o_d, mask=inside, other=0.0).to(tl.float32)
         b_offset = tl.load(bias + o_d, mask=inside, other=0.0).to(tl.float32)
@@ -125,21 +136,7 @@ def _load_factors(
         b_scale = 1.0 + tl.load(scale + o_d, mask=inside, other=0.0).to(tl.float32)
         b_factor = b_factor * b_scale
         b_offset = b_offset * b_scale + tl.load(shift + o_d, mask=inside, other=0.0).to(tl.float32)
-    if GATE:
-        b_gate = tl.load(gate + o_d, mask=inside, other=0.0).to(tl.float32)
-    return b_factor, b_offset, b_gate
-
-
-@triton.jit
-@no_type_check
-def _add_branch(p_x, p_y, p_out, b_gate, inside, RESIDUAL: tl.constexpr):
-    """x', as its dtype rounds it, in fp32; stored where something was added."""
-    b_x = tl.load(p_x, mask=inside, other=0.0)
-    if RESIDUAL:
-        b_y = tl.load(p_y, mask=inside, other=0.0).to(tl.float32)
-        b_x = (b_x.to(tl.float32) + b_y * b_gate).to(p_out.dtype.element_ty)
-        tl.store(p_out, b_x, mask=inside)
-    return b_x.to(tl.float32)
+    return b_x * b_factor[None, :] + b_offset[None, :]
 
 
 @triton.jit(do_not_specialize=["L"])
@@ -177,42 +174,44 @@ def residual_norm_kernel(
     QUANTIZE: tl.constexpr,
     GIVEN: tl.constexpr,
 ):
+    # Whole rows at once: enough loads in flight to hide their latency. Factors are fetched where they are used, since
+    # they come from the L1 cache and would take registers that other programs need.
     i_b = tl.program_id(1).to(tl.int64)
+    o_l = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_0 = tl.arange(0, HEAD)
     o_1 = HEAD + tl.arange(0, TAIL)
+    in_l = o_l < L
     in_0 = o_0 < HEAD
     in_1 = o_1 < D
+    mask_0 = in_l[:, None] & in_0[None, :]
+    mask_1 = in_l[:, None] & in_1[None, :]
     scale += i_b * stride_scale
     shift += i_b * stride_shift
     gate += i_b * stride_gate
-    f_0, s_0, g_0 = _load_factors(weight, bias, scale, shift, gate, o_0, in_0, AFFINE, MODULATE, GATE)
-    f_1, s_1, g_1 = _load_factors(weight, bias, scale, shift, gate, o_1, in_1, AFFINE, MODULATE, GATE)
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    for i_l in range(first, tl.minimum(first + ROWS, L)):
-        p_x = x + i_b * stride_xb + i_l * stride_xl
-        p_y = y + i_b * stride_yb + i_l * stride_yl
-        p_out = x_out + (i_b * L + i_l) * D
-        b_0 = _add_branch(p_x + o_0, p_y + o_0, p_out + o_0, g_0, in_0, RESIDUAL)
-        b_1 = _add_branch(p_x + o_1, p_y + o_1, p_out + o_1, g_1, in_1, RESIDUAL)
-        mean = (tl.sum(b_0, 0) + tl.sum(b_1, 0)) / D
-        b_0 = b_0 - mean
-        b_1 = tl.where(in_1, b_1 - mean, 0.0)  # padded lanes must stay out of the variance
-        rstd = 1.0 / tl.sqrt((tl.sum(b_0 * b_0, 0) + tl.sum(b_1 * b_1, 0)) / D + eps)
-        b_0 = b_0 * rstd * f_0 + s_0
-        b_1 = b_1 * rstd * f_1 + s_1
-        if QUANTIZE:
-            if GIVEN:
-                row_scale = tl.load(h_scale + i_b)
-            else:
-                amax = tl.maximum(tl.max(tl.abs(b_0), 0), tl.max(tl.abs(b_1), 0))
-                row_scale = tl.maximum(amax, amax_floor) * (1.0 / fp8_max)
-                tl.store(h_scale + i_b * L + i_l, row_scale)
-            inverse = 1.0 / row_scale
-            b_0 = tl.minimum(tl.maximum(b_0 * inverse, -fp8_max), fp8_max)
-            b_1 = tl.minimum(tl.maximum(b_1 * inverse, -fp8_max), fp8_max)
-        p_h = h + (i_b * L + i_l) * D
-        tl.store(p_h + o_0, b_0.to(h.dtype.element_ty))
-        tl.store(p_h + o_1, b_1.to(h.dtype.element_ty), mask=in_1)
+    p_x = x + i_b * stride_xb + o_l[:, None] * stride_xl
+    p_y = y + i_b * stride_yb + o_l[:, None] * stride_yl
+    at_0 = (i_b * L + o_l)[:, None] * D + o_0[None, :]
+    at_1 = (i_b * L + o_l)[:, None] * D + o_1[None, :]
+    b_0 = _add_branch(p_x + o_0[None, :], p_y + o_0[None, :], x_out + at_0, gate + o_0, mask_0, in_0, RESIDUAL, GATE)
+    b_1 = _add_branch(p_x + o_1[None, :], p_y + o_1[None, :], x_out + at_1, gate + o_1, mask_1, in_1, RESIDUAL, GATE)
+    mean = (tl.sum(b_0, 1) + tl.sum(b_1, 1)) / D
+    b_0 = b_0 - mean[:, None]
+    b_1 = tl.where(in_1[None, :], b_1 - mean[:, None], 0.0)  # padded lanes must stay out of the variance
+    rstd = 1.0 / tl.sqrt((tl.sum(b_0 * b_0, 1) + tl.sum(b_1 * b_1, 1)) / D + eps)
+    b_0 = _modulate(b_0 * rstd[:, None], weight, bias, scale, shift, o_0, in_0, AFFINE, MODULATE)
+    b_1 = _modulate(b_1 * rstd[:, None], weight, bias, scale, shift, o_1, in_1, AFFINE, MODULATE)
+    if QUANTIZE:
+        if GIVEN:
+            row_scale = tl.load(h_scale + i_b + tl.zeros([ROWS], dtype=tl.int32))
+        else:
+            amax = tl.maximum(tl.max(tl.abs(b_0), 1), tl.max(tl.abs(b_1), 1))
+            row_scale = tl.maximum(amax, amax_floor) * (1.0 / fp8_max)
+            tl.store(h_scale + i_b * L + o_l, row_scale, mask=in_l)
+        inverse = (1.0 / row_scale)[:, None]
+        b_0 = tl.minimum(tl.maximum(b_0 * inverse, -fp8_max), fp8_max)
+        b_1 = tl.minimum(tl.maximum(b_1 * inverse, -fp8_max), fp8_max)
+    tl.store(h + at_0, b_0.to(h.dtype.element_ty), mask=mask_0)
+    tl.store(h + at_1, b_1.to(h.dtype.element_ty), mask=mask_1)
 
 
 def _residual_norm_triton(
@@ -239,13 +238,14 @@ def _residual_norm_triton(
     if quantize and out_scale_B is None:
         h_scale = torch.empty(B, L, dtype=torch.float32, device=x.device)
     head, tail = row_pieces(D)
+    rows = max(_VALUES // head, 1)
     with device_of(x):
-        residual_norm_kernel[(triton.cdiv(L, _ROWS), B)](
+        residual_norm_kernel[(triton.cdiv(L, rows), B)](
             x, y, gate, *affine, scale, shift, x_out, h, h_scale, L, D, eps, AMAX_FLOOR, FP8_MAX,
             *x.stride()[:2], *y.stride()[:2], gate.stride(0), scale.stride(0), shift.stride(0),
-            HEAD=head, TAIL=tail, ROWS=_ROWS, RESIDUAL=y_BLD is not None, GATE=gate_BD is not None,
+            HEAD=head, TAIL=tail, ROWS=rows, RESIDUAL=y_BLD is not None, GATE=gate_BD is not None,
             AFFINE=weight is not None, MODULATE=scale_BD is not None, QUANTIZE=quantize, GIVEN=out_scale_B is not None,
-            num_warps=piece_warps(head), enable_fp_fusion=FUSE_FMA,
+            num_warps=8 if rows == 1 else 4, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return x_BLD if y_BLD is None else x_out, h, h_scale if quantize else None
 

@@ -1,4 +1,4 @@
-"""Cross-attention of video tokens to one short text, with the RMSNorm of the queries, in one pass over them.
+"""Cross-attention of video tokens to one short text, with the RMSNorm of the queries.
 
     q'  = q / sqrt(mean(q^2) + eps) * weight                 over all heads together
     o   = softmax(q' k^T / sqrt(D) + [0, ..., 0, ln n]) v     n: how many equal keys the last one stands for
@@ -19,12 +19,14 @@ import triton
 import triton.language as tl
 
 from turbo_kernels.checks import HEAD_DIMS, check_float
-from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX, Fp8Rows
+from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX, Fp8Rows, row_pieces
 from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
-_BLOCK_Q, _BLOCK_S = 64, 64
-#: Heads whose tiles are on their way while one is computed, plus one.
-_AHEAD = 2
+_BLOCK_Q, _BLOCK_S = 128, 64
+#: Registers a thread, so that two programs share a multiprocessor.
+_REGISTERS = 128
+#: Values of the heads of its rows that a program of the norm takes.
+_VALUES = 4096
 
 
 def text_attention(
@@ -106,10 +108,35 @@ def _attend(
     return new_max, row_sum, acc
 
 
+@triton.jit(do_not_specialize=["L"])
+@no_type_check
+def query_rstd_kernel(
+    q,  # [L, M]
+    rstd,  # [L]
+    L,
+    M,
+    eps,
+    stride_ql,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    o_l = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_0 = tl.arange(0, HEAD)
+    o_1 = HEAD + tl.arange(0, TAIL)
+    inside = (o_l < L)[:, None]
+    p_q = q + o_l[:, None] * stride_ql
+    b_0 = tl.load(p_q + o_0[None, :], mask=inside, other=0.0).to(tl.float32)
+    b_1 = tl.load(p_q + o_1[None, :], mask=inside & (o_1 < M)[None, :], other=0.0).to(tl.float32)
+    squares = tl.sum(b_0 * b_0, 1) + tl.sum(b_1 * b_1, 1)
+    tl.store(rstd + o_l, 1.0 / tl.sqrt(squares / M + eps), mask=o_l < L)
+
+
 @triton.jit(do_not_specialize=["L", "S", "last_logit"])
 @no_type_check
 def text_attention_kernel(
     q,  # [L, H * D]
+    rstd,  # [L]
     weight,  # [H * D]
     k,  # [S, H, D]
     v,  # [S, H, D]
@@ -118,7 +145,6 @@ def text_attention_kernel(
     out_scale,  # [L], QUANTIZE only
     L,
     S,
-    eps,
     scale,
     last_logit,
     amax_floor,
@@ -129,43 +155,35 @@ def text_attention_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
     QUANTIZE: tl.constexpr,
 ):
-    o_l = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
-    o_d = tl.arange(0, D)
-    inside = (o_l < L)[:, None]
-    p_q = q + o_l[:, None] * stride_ql + o_d[None, :]
-    squares = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
-    for i_h in tl.range(H, num_stages=AHEAD):
-        b_q = tl.load(p_q + i_h * D, mask=inside, other=0.0).to(tl.float32)
-        squares += b_q * b_q
-    rstd = 1.0 / tl.sqrt(tl.sum(squares, 1) / (H * D) + eps)
-    inverse = 1.0
+    # Programs of the same queries are neighbours: together they read whole rows.
+    i_h = tl.program_id(0)
+    o_l = (tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
+    o_m = i_h * D + tl.arange(0, D)
+    in_l = o_l < L
+    inside = in_l[:, None]
+    b_q = tl.load(q + o_l[:, None] * stride_ql + o_m[None, :], mask=inside, other=0.0).to(tl.float32)
+    b_rstd = tl.load(rstd + o_l, mask=in_l, other=0.0)
+    b_weight = tl.load(weight + o_m).to(tl.float32)
+    b_q = (b_q * b_rstd[:, None] * b_weight[None, :]).to(q.dtype.element_ty)
+    row_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
+    if ONE_BLOCK:
+        row_max, row_sum, acc = _attend(b_q, k, v, 0, S, i_h, H, row_max, row_sum, acc, scale, last_logit, D, BLOCK_S)
+    else:
+        for start in range(0, S, BLOCK_S):
+            row_max, row_sum, acc = _attend(
+                b_q, k, v, start, S, i_h, H, row_max, row_sum, acc, scale, last_logit, D, BLOCK_S
+            )
+    acc = acc * (1.0 / row_sum)[:, None]
     if QUANTIZE:
         row_scale = tl.maximum(tl.load(value_amax), amax_floor) * (1.0 / fp8_max)
-        inverse = 1.0 / row_scale
-        tl.store(out_scale + o_l, tl.broadcast_to(row_scale, [BLOCK_Q]), mask=o_l < L)
-    for i_h in tl.range(H, num_stages=AHEAD):  # the second reading of q comes from the L2 cache
-        b_q = tl.load(p_q + i_h * D, mask=inside, other=0.0).to(tl.float32)
-        b_weight = tl.load(weight + i_h * D + o_d).to(tl.float32)
-        b_q = (b_q * rstd[:, None] * b_weight[None, :]).to(q.dtype.element_ty)
-        row_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-        row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
-        if ONE_BLOCK:  # no inner loop: the next head's tiles are fetched while this one is multiplied
-            row_max, row_sum, acc = _attend(
-                b_q, k, v, 0, S, i_h, H, row_max, row_sum, acc, scale, last_logit, D, BLOCK_S
-            )
-        else:
-            for start in range(0, S, BLOCK_S):
-                row_max, row_sum, acc = _attend(
-                    b_q, k, v, start, S, i_h, H, row_max, row_sum, acc, scale, last_logit, D, BLOCK_S
-                )
-        acc = acc / row_sum[:, None]
-        if QUANTIZE:
-            acc = tl.minimum(tl.maximum(acc * inverse, -fp8_max), fp8_max)
-        tl.store(out + o_l[:, None] * (H * D) + i_h * D + o_d[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        acc = tl.minimum(tl.maximum(acc * (1.0 / row_scale), -fp8_max), fp8_max)
+        if i_h == 0:
+            tl.store(out_scale + o_l, tl.broadcast_to(row_scale, [BLOCK_Q]), mask=in_l)
+    tl.store(out + o_l[:, None] * (H * D) + o_m[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
 def _text_attention_triton(
@@ -182,14 +200,21 @@ def _text_attention_triton(
     quantize = value_amax is not None
     out = torch.empty(L, M, dtype=torch.float8_e4m3fn if quantize else q_LM.dtype, device=q_LM.device)
     out_scale = torch.empty(L, dtype=torch.float32, device=q_LM.device) if quantize else out
+    rstd = torch.empty(L, dtype=torch.float32, device=q_LM.device)
     log2_e = math.log2(math.e)
-    # One compiled kernel for each of a few text lengths: 32, 64, more.
+    head, tail = row_pieces(M)
+    rows = max(_VALUES // head, 1)
+    # One compiled kernel for each of a few text lengths: up to 32, up to 64, more.
     block_s = _BLOCK_S // 2 if S <= _BLOCK_S // 2 else _BLOCK_S
     with device_of(q_LM):
-        text_attention_kernel[(triton.cdiv(L, _BLOCK_Q),)](
-            q_LM, q_weight_M.contiguous(), k_SHD, v_SHD, q_LM if value_amax is None else value_amax, out, out_scale,
-            L, S, eps, D**-0.5 * log2_e, math.log(last_count) * log2_e, AMAX_FLOOR, FP8_MAX, q_LM.stride(0), H,
-            D=D, BLOCK_Q=_BLOCK_Q, BLOCK_S=block_s, ONE_BLOCK=block_s >= S, AHEAD=_AHEAD, QUANTIZE=quantize,
-            num_warps=4, num_stages=1, enable_fp_fusion=FUSE_FMA,
+        query_rstd_kernel[(triton.cdiv(L, rows),)](
+            q_LM, rstd, L, M, eps, q_LM.stride(0), HEAD=head, TAIL=tail, ROWS=rows,
+            num_warps=8 if rows == 1 else 4, enable_fp_fusion=FUSE_FMA,
+        )  # fmt: skip
+        text_attention_kernel[(H, triton.cdiv(L, _BLOCK_Q))](
+            q_LM, rstd, q_weight_M.contiguous(), k_SHD, v_SHD, q_LM if value_amax is None else value_amax, out,
+            out_scale, L, S, D**-0.5 * log2_e, math.log(last_count) * log2_e, AMAX_FLOOR, FP8_MAX, q_LM.stride(0), H,
+            D=D, BLOCK_Q=_BLOCK_Q, BLOCK_S=block_s, ONE_BLOCK=block_s >= S, QUANTIZE=quantize,
+            num_warps=8, num_stages=2, maxnreg=_REGISTERS, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return Fp8Rows(out, out_scale) if quantize else out

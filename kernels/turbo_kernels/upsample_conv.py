@@ -22,19 +22,16 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turbo_kernels.checks import check_float
-from turbo_kernels.conv3d import (
+from turbo_kernels.conv3d import check_like_frames, check_norm_out, norm_silu_into, write_frames
+from turbo_kernels.conv_tiles import (
     Tiling,
-    check_like_frames,
-    check_norm_out,
     finish_tile,
     frame_descriptor,
     has_large_shared_memory,
     load_tile,
-    norm_silu_into,
     readable,
     slice_of,
     tile_shape,
-    write_frames,
 )
 from turbo_kernels.norm_silu import norm_silu_reference
 from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider

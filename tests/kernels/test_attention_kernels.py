@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import turbo_kernels as kernels
 from turbo_kernels.linear_attention import linear_attention_reference
 from turbo_kernels.sage_attention import sage_attention_reference
-from turbo_kernels.self_check import relative_error, score_lost
+from turbo_kernels.self_check_ops import relative_error, score_lost
 from turbo_kernels.sparse_attention import sparse_attention_reference
 
 pytestmark = pytest.mark.oracle
@@ -150,11 +150,13 @@ def test_self_check(device: torch.device, head_dim: int, provider: str) -> None:
     outcome = kernels.self_check(device, head_dim, provider)
     assert outcome.passed, outcome
     assert set(outcome.details) == set(outcome.limits)
-    assert {"sage_attention", "int8_linear", "rms_norm_rope"} <= set(outcome.details)
+    assert {"sage_attention", "int8_linear", "rms_norm_rope", "residual_norm", "text_attention"} <= set(outcome.details)
+    rounds_e4m3 = provider == "reference" or (device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9))
+    assert ("fp8_linear" in outcome.details) == ("residual_norm in e4m3" in outcome.details) == rounds_e4m3
 
 
 def test_self_check_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["turbo_kernels.self_check"]  # the package's attribute of that name is the function
+    module = sys.modules["turbo_kernels.self_check_ops"]
     monkeypatch.setattr(module, "gate_residual", lambda x, y, gate, provider: x - y * gate[:, None])
     outcome = kernels.self_check("cpu", 64, "reference")
     assert not outcome.passed

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import turbo_kernels as kernels
 from turbo_kernels.int8_linear import dequantize_int8_blockwise
-from turbo_kernels.self_check import relative_error
+from turbo_kernels.self_check_ops import relative_error
 
 pytestmark = pytest.mark.oracle
 

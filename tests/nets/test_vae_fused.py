@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from turbo_backend.config import VAEConfig
+from turbo_backend.errors import InvalidArgument
+from turbo_backend.nets import vae_decoder_fused
 from turbo_backend.nets.vae import WanVAE
 from turbo_backend.nets.vae_decoder_fused import FusedDecoder, fits_kernels
+from turbo_kernels.upsample_conv import upsample_conv
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,21 @@ def test_streams_do_not_meet(fused: WanVAE, latents: Tensor) -> None:
     assert torch.equal(fused.decode(latents[:, :, :3]), whole[:, :, :9])
 
 
+def test_kernel_error(fused: WanVAE, latents: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tells kernels that round from one that is wrong."""
+    two = latents[:1, :, :2]
+    assert 0 < fused.kernel_error(two) < 1e-5
+
+    def without_bias(*arguments: object, **options: object) -> Tensor:
+        frames, weights, *rest = arguments
+        return upsample_conv(frames, replace(weights, bias=torch.zeros_like(weights.bias)), *rest, **options)
+
+    monkeypatch.setattr(vae_decoder_fused, "upsample_conv", without_bias)
+    assert fused.kernel_error(two) > 0.01
+    with pytest.raises(InvalidArgument, match="two latent frames"):
+        fused.kernel_error(latents)
+
+
 def test_prepared_weights_follow_the_parameters(vae: WanVAE) -> None:
     decoder = FusedDecoder(vae.decoder)
     assert decoder.is_current()
@@ -84,3 +104,4 @@ def test_kernels_on_the_gpu(latents: Tensor) -> None:
     error, plain_error = (float((x.cpu().float() - exact).square().mean()) for x in (frames, plain))
     assert error <= 1.5**2 * plain_error
     assert torch.equal(torch.cat(list(net.decode_chunks(latents.cuda())), dim=2), frames)
+    assert 0 < net.kernel_error(latents[:1, :, :2]) < 0.1

@@ -6,6 +6,7 @@ Latents are the normalised ones on both sides: latents = (mean - latents_mean) /
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -113,6 +114,28 @@ class WanVAE(nn.Module):
         return self.decode(latents)
 
     @torch.inference_mode()
+    def kernel_error(self, latents: Tensor) -> float:
+        """How far the fused decoder is from the plain layers in the same dtype: ||difference|| / ||plain||.
+
+        Args:
+            latents: [1, z_dim, 2, h, w], normalised; the second latent frame is compared.
+
+        Raises:
+            InvalidArgument: latents of another shape.
+        """
+        self._check_latents(latents)
+        if latents.shape[0] != 1 or latents.shape[2] != 2:
+            raise InvalidArgument("latents", tuple(latents.shape), "of one sample of two latent frames")
+        frames, plain = (self._decode_second(latents[0], by_kernels=by_kernels).float() for by_kernels in (True, False))
+        error = (frames - plain).norm() / plain.norm()
+        return float(error) if bool(error.isfinite()) else math.inf
+
+    def _decode_second(self, latents_CTHW: Tensor, *, by_kernels: bool) -> Tensor:
+        history = FrameHistory()
+        self._decode_next(latents_CTHW[:, :1], history)
+        return self._decode_next(latents_CTHW[:, 1:], history, by_kernels=by_kernels)
+
+    @torch.inference_mode()
     def encode(self, video: Tensor) -> Tensor:
         """Frames to the normalised mean of their latent distribution.
 
@@ -176,14 +199,15 @@ class WanVAE(nn.Module):
         shift, scale = self._latent_statistics(mean_THWC.device)
         return ((mean_THWC - shift) / scale).permute(3, 0, 1, 2).contiguous()
 
-    def _decode_next(self, latents_CTHW: Tensor, history: FrameHistory) -> Tensor:
+    def _decode_next(self, latents_CTHW: Tensor, history: FrameHistory, *, by_kernels: bool = True) -> Tensor:
         """[z_dim, T, h, w] of one sample to [3, 1 or 4T, H, W]."""
         weight = self.conv2.weight
         shift, scale = self._latent_statistics(weight.device)
         latents_THWC = latents_CTHW.permute(1, 2, 3, 0).to(weight.device, torch.float32)
         z_THWC = (latents_THWC * scale + shift).to(weight.dtype).contiguous()
         z_THWC = self.conv2(z_THWC)
-        frames_THWC = self._decoder_for(z_THWC, history)(z_THWC, history)
+        decoder = self._decoder_for(z_THWC, history) if by_kernels else self.decoder
+        frames_THWC = decoder(z_THWC, history)
         return frames_THWC.permute(3, 0, 1, 2)
 
     def _decoder_for(self, z_THWC: Tensor, history: FrameHistory) -> Callable[[Tensor, FrameHistory], Tensor]:
