@@ -5,6 +5,9 @@
     ├── CheckpointError             INTERNAL        a weight file that does not fit its network
     ├── ResourceExhausted           UNAVAILABLE     out of memory, before or during a run
     ├── Cancelled                   CANCELLED
+    ├── NotFound                    NOT_FOUND       no job of that id
+    ├── AlreadyExists               ALREADY_EXISTS  a job of that id asks for something else
+    ├── Unavailable                 UNAVAILABLE     not now; the message says when
     └── Misconfigured               UNAVAILABLE     an environment variable or installation at fault
 
 `code` is the Triton status that the adapters answer with; Triton 2.51 has no RESOURCE_EXHAUSTED, so that
@@ -60,6 +63,24 @@ class Cancelled(TurboError):
     """The caller gave the request up."""
 
     code: ClassVar[str] = "CANCELLED"
+
+
+class NotFound(TurboError):
+    """There is no such job."""
+
+    code: ClassVar[str] = "NOT_FOUND"
+
+
+class AlreadyExists(TurboError):
+    """The id is taken."""
+
+    code: ClassVar[str] = "ALREADY_EXISTS"
+
+
+class Unavailable(TurboError):
+    """That cannot be done now, and can be later."""
+
+    code: ClassVar[str] = "UNAVAILABLE"
 
 
 class Misconfigured(TurboError):

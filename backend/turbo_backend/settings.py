@@ -87,6 +87,30 @@ class Settings(BaseModel):
         8, ge=1, le=8, description="Largest batch a stage runs at once; config.pbtxt admits up to 8."
     )
 
+    job_store: str = Field(
+        "auto",
+        description="Where durable jobs are kept: a folder, an fsspec URL such as `s3://bucket/jobs`, `none` for no "
+        "jobs, or `auto`: `turbodiffusion/jobs` in `$XDG_STATE_HOME` (`~/.local/state`). One server a store.",
+    )
+    job_concurrency: int = Field(
+        8, ge=1, le=256, description="Jobs given to the networks at a time; the others wait in the store."
+    )
+    job_resume: bool = Field(
+        True, description="Go on by itself with jobs that a stop or crash interrupted; else they wait for `resume`."
+    )
+    job_attempts: int = Field(
+        3,
+        ge=1,
+        description="Starts of a job that each end with the server's death before a further step is finished; "
+        "then it waits for `resume`, so that it cannot take the server down for ever.",
+    )
+    job_max_age_hours: float = Field(
+        168.0, gt=0, description="How long a finished job is kept, in hours that a server runs."
+    )
+    job_max_bytes: int = Field(
+        10 * 2**30, ge=2**20, description="What all jobs together may take; the longest finished make room first."
+    )
+
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Reads the `TURBO_*` variables; an empty one counts as unset.
@@ -156,6 +180,16 @@ class Settings(BaseModel):
                 f"{PREFIX}CHECKPOINT_DIR is not set: {self.model} needs the folder of its published weight files "
                 f"(`turbodiffusion-server weights {self.model}` lists them)"
             )
+
+    @property
+    def job_store_location(self) -> str | None:
+        """Path or URL of the job store; None without jobs."""
+        if self.job_store == "none":
+            return None
+        if self.job_store != "auto":
+            return self.job_store
+        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        return str(Path(state).expanduser() / "turbodiffusion" / "jobs")
 
     @property
     def served_model(self) -> ModelConfig:
@@ -265,10 +299,10 @@ def available_processors() -> int:
 
 
 def _parse(field: str, value: str) -> object:
-    """Shapes the two fields that a plain string does not fit; the rest is validated as it is."""
+    """Shapes the fields that a plain string does not fit; the rest is validated as it is."""
     if field == "dit_checkpoint":
         return [part for part in value.split(":") if part]
-    if field == "quant_linear":
+    if Settings.model_fields[field].annotation is bool:
         lowered = value.lower()
         if lowered in (*_TRUE, *_FALSE):
             return lowered in _TRUE

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
-from torch.utils.dlpack import from_dlpack
 
 from turbo_backend.errors import InvalidArgument, TurboError
+
+if TYPE_CHECKING:
+    import torch
 
 _log = logging.getLogger(__name__)
 
@@ -52,12 +54,19 @@ def read_bytes(request: Any, name: str) -> bytes:
     return bytes(values.reshape(-1)[0])
 
 
+def read_optional_bytes(request: Any, name: str) -> bytes | None:
+    """The one element of an optional BYTES input, or None where it is absent."""
+    return None if pb_utils.get_input_tensor_by_name(request, name) is None else read_bytes(request, name)
+
+
 def read_tensor(request: Any, name: str) -> torch.Tensor:
     """A required input without its batch dimension, sharing the request's memory.
 
     Raises:
         InvalidArgument: a batch of more than one in one request.
     """
+    from torch.utils.dlpack import from_dlpack  # the jobs model, which has no tensors, goes without torch
+
     tensor: torch.Tensor = from_dlpack(pb_utils.get_input_tensor_by_name(request, name).to_dlpack())
     if tensor.shape[0] != 1:
         raise InvalidArgument(name, list(tensor.shape), "a batch of one: send a request for each video")
@@ -112,6 +121,28 @@ def write_bytes(name: str, value: bytes | str) -> Any:
     return pb_utils.Tensor(name, np.array([[encoded]], np.object_))
 
 
+def write_texts(name: str, values: Sequence[bytes | str]) -> Any:
+    """An output `[1, N]` of BYTES."""
+    encoded = [value.encode("utf-8") if isinstance(value, str) else value for value in values]
+    return pb_utils.Tensor(name, np.array([encoded], np.object_))
+
+
+def write_numbers(name: str, values: Sequence[float], dtype: str) -> Any:
+    """An output `[1, N]` of numbers."""
+    return pb_utils.Tensor(name, np.array([values], dtype))
+
+
+def write_scalar(name: str, value: object) -> Any:
+    """A `[1, 1]` tensor of the type in which the wire has such a value: SEED alone takes 64 bits."""
+    if isinstance(value, str):
+        return write_bytes(name, value)
+    if isinstance(value, bool):
+        return pb_utils.Tensor(name, np.array([[value]], np.bool_))
+    if isinstance(value, int):
+        return pb_utils.Tensor(name, np.array([[value]], np.int64 if name == "SEED" else np.int32))
+    return pb_utils.Tensor(name, np.array([[value]], np.float64))
+
+
 def write_json(name: str, value: Mapping[str, object]) -> Any:
     return write_bytes(name, json.dumps(value, ensure_ascii=False))
 
@@ -132,6 +163,69 @@ def send(sender: Any, answer: Any, *, final: bool) -> None:
 
 def response(*tensors: Any) -> Any:
     return pb_utils.InferenceResponse(list(tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class CallError:
+    """How a model that was called here answered instead.
+
+    Attributes:
+        code: name of Triton's status, such as `INVALID_ARG`.
+        message: its words.
+    """
+
+    code: str
+    message: str
+
+
+def call_model(
+    model: str, inputs: Sequence[Any], outputs: Sequence[str], request_id: str, parameters: Mapping[str, object]
+) -> Iterator[dict[str, Any] | CallError]:
+    """Calls a decoupled model of this server, from any thread: one dict of `[1, 1]` outputs for each response.
+
+    Yields:
+        Each output's one value by name, bytes or a Python scalar; a `CallError` where the model answered with one.
+    """
+    request = pb_utils.InferenceRequest(
+        model_name=model,
+        inputs=list(inputs),
+        requested_output_names=list(outputs),
+        request_id=request_id,
+        parameters=dict(parameters),
+    )
+    for answer in request.exec(decoupled=True):
+        if answer.has_error():
+            error = answer.error()
+            yield CallError(_code_names().get(error.code(), "UNKNOWN"), error.message())
+        elif answer.output_tensors():  # the final response of a stream may be empty
+            values = {tensor.name(): tensor.as_numpy().reshape(-1)[0] for tensor in answer.output_tensors()}
+            yield {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+
+
+def _code_names() -> dict[object, str]:
+    kinds = ("UNKNOWN", "INTERNAL", "NOT_FOUND", "INVALID_ARG", "UNAVAILABLE", "UNSUPPORTED", "ALREADY_EXISTS")
+    return {getattr(pb_utils.TritonError, name): name for name in (*kinds, "CANCELLED")}
+
+
+class Gauge:
+    """A Prometheus gauge of this model with one label, at the server's metrics address.
+
+    Args:
+        name: as Prometheus shows it.
+        description: its help text.
+        label: name of the label; each value has its own number. Empty for a single number.
+    """
+
+    def __init__(self, name: str, description: str, label: str = "") -> None:
+        self._family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.GAUGE)
+        self._label = label
+        self._metrics: dict[str, Any] = {}
+
+    def set(self, number: float, value: str = "") -> None:
+        """Sets the number of that label value."""
+        if value not in self._metrics:
+            self._metrics[value] = self._family.Metric(labels={self._label: value} if self._label else {})
+        self._metrics[value].set(number)
 
 
 class Counter:

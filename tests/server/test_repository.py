@@ -10,7 +10,7 @@ from turbo_backend.config import MODELS
 from turbo_backend.errors import Misconfigured
 from turbo_backend.server.repository import find_model_repository, render_repository
 
-STEPS = {"text_encoder", "denoiser", "vae_decoder"}
+STEPS = {"text_encoder", "denoiser", "vae_decoder", "jobs"}
 
 
 @pytest.mark.parametrize(

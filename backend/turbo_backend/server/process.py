@@ -60,6 +60,8 @@ _OWN_OPTIONS = {
     "log-verbose": "--log-verbose of turbodiffusion-server, before `--`",
 }
 _START_ATTEMPTS = 5
+#: Folder that the model processes share, beside the server's other temporary ones.
+_CANCELLATIONS = "cancellations"
 #: How long it takes at most to see that nothing is in flight.
 _IDLE_LOOK_SECONDS = 0.65
 #: What requests in flight may still take when a model process has died: Triton would never end by itself then.
@@ -249,6 +251,7 @@ class TritonServer:
         deadline = time.monotonic() + seconds
         ran = self._process is not None and self._process.poll() is None
         if ran and seconds > _IDLE_LOOK_SECONDS:
+            self._end_jobs()
             self._drain(seconds)
         code = self._end(max(0.0, deadline - time.monotonic()))
         if ran and code == 137 and seconds > 0:
@@ -297,6 +300,12 @@ class TritonServer:
                 logger.warning("port %s was taken by another process; starting anew", ", ".join(map(str, lost)))
                 continue
             raise Misconfigured(f"tritonserver ended with status {code} before it was ready{tail}")
+
+    def _end_jobs(self) -> None:
+        """Tells the jobs that the server stops: they go on with its next start, and need not be waited for."""
+        assert self._folder is not None
+        with contextlib.suppress(OSError):  # on a full disk they are waited for
+            cancellation.Cancellations(self._folder / _CANCELLATIONS).request(cancellation.STOPPING)
 
     def _drain(self, seconds: float) -> None:
         """Begins the stop and returns when what is in flight has ended; see `turbo_backend.server.drain`."""
@@ -347,7 +356,7 @@ class TritonServer:
         self._folder = Path(tempfile.mkdtemp(prefix=f"{self._server_id}-"))
         backends = assemble_backend_directory(installation, self._folder)
         environment = server_environment(installation, self._folder, {**os.environ, **self._environment})
-        environment[cancellation.FOLDER_VARIABLE] = str(self._folder / "cancellations")
+        environment[cancellation.FOLDER_VARIABLE] = str(self._folder / _CANCELLATIONS)
         ours, theirs = socket.socketpair()
         arguments = [
             sys.executable, "-I", "-S", supervisor.__file__,

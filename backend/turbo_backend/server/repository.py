@@ -12,6 +12,7 @@ from turbo_backend.errors import Misconfigured
 
 FOLDER_NAME = "model_repository"
 CONFIG_NAME = "config.pbtxt"
+JOBS_NAME = "jobs"
 
 
 def find_model_repository(explicit: Path | None = None) -> Path:
@@ -33,14 +34,14 @@ def find_model_repository(explicit: Path | None = None) -> Path:
 
 
 def render_repository(committed: Path, model: ModelConfig, folder: Path) -> Path:
-    """Writes to `folder` the models that serving one network takes: its ensemble and the steps that this names.
+    """Writes to `folder` the models that serving one network takes: its ensemble, the steps that this names, and jobs.
 
     So a server of a text model loads no image encoder, and a server of an image model offers no `text_to_video`.
 
     Raises:
         Misconfigured: the committed repository lacks one of them.
     """
-    names = [model.ensemble, *_step_names(committed / model.ensemble / CONFIG_NAME)]
+    names = [model.ensemble, JOBS_NAME, *_step_names(committed / model.ensemble / CONFIG_NAME)]
     folder.mkdir(parents=True)
     for name in names:
         if not (committed / name / CONFIG_NAME).is_file():
