@@ -7,6 +7,7 @@
     ├── Cancelled                   CANCELLED
     ├── NotFound                    NOT_FOUND       no job of that id
     ├── AlreadyExists               ALREADY_EXISTS  a job of that id asks for something else
+    ├── Unsupported                 UNSUPPORTED     this server does not offer that
     ├── Unavailable                 UNAVAILABLE     not now; the message says when
     └── Misconfigured               UNAVAILABLE     an environment variable or installation at fault
 
@@ -75,6 +76,12 @@ class AlreadyExists(TurboError):
     """The id is taken."""
 
     code: ClassVar[str] = "ALREADY_EXISTS"
+
+
+class Unsupported(TurboError):
+    """This server does not offer that."""
+
+    code: ClassVar[str] = "UNSUPPORTED"
 
 
 class Unavailable(TurboError):

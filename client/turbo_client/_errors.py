@@ -74,11 +74,11 @@ class InvalidArgumentError(APIError):
 
 
 class NotFoundError(APIError):
-    """The server has no such model."""
+    """The server has no such model or job."""
 
 
 class AlreadyExistsError(APIError):
-    """The name or id is taken."""
+    """The id is taken: a job of that id asks for something else."""
 
 
 class UnauthenticatedError(APIError):

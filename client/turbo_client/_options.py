@@ -144,8 +144,12 @@ class ParameterOptions:
         bool, typer.Option("--ode/--no-ode", help="Deterministic sampling.", rich_help_panel=_PARAMETERS)
     ] = False
     fps: Annotated[int, typer.Option(help="Frames a second of the MP4.", rich_help_panel=_PARAMETERS)] = 16
-    priority: Annotated[
-        int | None, typer.Option(help="Scheduling priority.", show_default="the model's", rich_help_panel=_PARAMETERS)
+    priority_level: Annotated[
+        int | None, typer.Option(help="0, most urgent, to 9.", show_default="5", rich_help_panel=_PARAMETERS)
+    ] = None
+    deadline_ms: Annotated[
+        int | None,
+        typer.Option(help="Refuse at once what cannot be denoised in this time.", rich_help_panel=_PARAMETERS),
     ] = None
     request_id: Annotated[
         str | None,

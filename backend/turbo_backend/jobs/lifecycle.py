@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from turbo_backend.cancellation import STOPPING, Cancellations
-from turbo_backend.errors import Misconfigured, TurboError, Unavailable
+from turbo_backend.errors import TurboError, Unavailable, Unsupported
 from turbo_backend.jobs.runner import Generate, JobRunner, Limits
 from turbo_backend.jobs.storage import open_storage
 from turbo_backend.jobs.store import JobStore
@@ -57,7 +57,7 @@ class JobsLifecycle:
             max_bytes=settings.job_max_bytes,
         )
         self._runner: JobRunner | None = None
-        self._reason: TurboError = Misconfigured(f"this server keeps no jobs: {PREFIX}JOB_STORE is none")
+        self._reason: TurboError = Unsupported(f"this server keeps no jobs: {PREFIX}JOB_STORE is none")
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         if self._location is not None:
