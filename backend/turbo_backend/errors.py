@@ -3,7 +3,8 @@
     TurboError                      INTERNAL
     ├── InvalidArgument             INVALID_ARG     names field, value and what fits
     ├── CheckpointError             INTERNAL        a weight file that does not fit its network
-    ├── ResourceExhausted           UNAVAILABLE     out of memory, before or during a run
+    ├── ResourceExhausted           UNAVAILABLE     out of memory, before or during a run; too many requests
+    ├── DeadlineExceeded            UNAVAILABLE     what cannot be done, or was not done, in the time given
     ├── Cancelled                   CANCELLED
     ├── NotFound                    NOT_FOUND       no job of that id
     ├── AlreadyExists               ALREADY_EXISTS  a job of that id asks for something else
@@ -11,8 +12,9 @@
     ├── Unavailable                 UNAVAILABLE     not now; the message says when
     └── Misconfigured               UNAVAILABLE     an environment variable or installation at fault
 
-`code` is the Triton status that the adapters answer with; Triton 2.51 has no RESOURCE_EXHAUSTED, so that
-class answers UNAVAILABLE and begins its message with `[RESOURCE_EXHAUSTED]`, which the SDK reads.
+`code` is the Triton status that the adapters answer with; Triton 2.51 has neither RESOURCE_EXHAUSTED nor
+DEADLINE_EXCEEDED, so those classes answer UNAVAILABLE and begin their message with `[RESOURCE_EXHAUSTED]` or
+`[DEADLINE_EXCEEDED]`, which the SDK reads.
 """
 
 from __future__ import annotations
@@ -52,12 +54,21 @@ class CheckpointError(TurboError):
 
 
 class ResourceExhausted(TurboError):
-    """The request does not fit into memory."""
+    """The request does not fit into memory, or into the queue."""
 
     code: ClassVar[str] = "UNAVAILABLE"
 
     def __init__(self, message: str) -> None:
         super().__init__(f"[RESOURCE_EXHAUSTED] {message}")
+
+
+class DeadlineExceeded(TurboError):
+    """The request cannot be done in the time that it gave, or was not."""
+
+    code: ClassVar[str] = "UNAVAILABLE"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"[DEADLINE_EXCEEDED] {message}")
 
 
 class Cancelled(TurboError):

@@ -8,7 +8,8 @@ from turbo_backend.errors import TurboError
 from turbo_backend.manifest import merge_reports
 from turbo_backend.parameters import Delivery
 from turbo_backend.settings import Settings
-from turbo_backend.stages.denoiser import DenoisedStep, DenoiseRequest, DenoiserStage
+from turbo_backend.stages.denoiser import DenoiserStage
+from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest
 from turbo_backend.stages.image_encoder import ImageEncoderStage, ImageRequest
 from turbo_backend.stages.loading import load_denoiser, load_image_encoder, load_text_encoder, load_vae_decoder
 from turbo_backend.stages.text_encoder import TextEncoderStage

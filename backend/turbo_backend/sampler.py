@@ -11,7 +11,7 @@ float64: it is small beside the network's work, and the update subtracts nearly 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,6 +67,40 @@ class RCMSchedule:
         """Which of two experts runs `step`: 0 (high noise), or 1 from the first step whose t < `boundary` on."""
         return int(any(t < boundary for t in self.times[: step + 1]))
 
+    def start(self, noise: torch.Tensor) -> torch.Tensor:
+        """The state before the first step, float64 of the noise's shape: t_0 eps_0."""
+        return noise.double() * self.times[0]
+
+    def mixes_noise(self, step: int, *, ode: bool) -> bool:
+        """Whether `step` ends with fresh noise: not in an ODE, nor in the last step, which would multiply it by 0."""
+        return not ode and step < self.num_steps - 1
+
+    def take_step(
+        self, step: int, latents: torch.Tensor, velocity: torch.Tensor, noise: torch.Tensor | None, *, ode: bool
+    ) -> Step:
+        """One step from what the network says of the state; depends on its arguments alone.
+
+            x_hat   = x - t v
+            x      <- (1 - t') x_hat + t' eps                SDE: fresh noise each step
+            x      <- x - (t - t') v                         ODE: none
+
+        Args:
+            step: 0 to num_steps - 1.
+            latents: float64, any shape: x.
+            velocity: of that shape, any float dtype: v(x, t).
+            noise: of that shape, if and only if `mixes_noise(step, ode=ode)`.
+        """
+        t, t_next = self.times[step], self.times[step + 1]
+        velocity = velocity.double()
+        denoised = latents - t * velocity
+        if noise is not None:
+            latents = (1 - t_next) * denoised + t_next * noise.double()
+        elif ode and step < self.num_steps - 1:
+            latents = latents - (t - t_next) * velocity
+        else:
+            latents = denoised
+        return Step(index=step, num_steps=self.num_steps, latents=latents, denoised=denoised)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -74,14 +108,12 @@ class Step:
 
     Attributes:
         index: 0 to num_steps - 1.
-        t: the time at which the network was run, one a sample.
-        latents: float64 [B, ...], the state after the step; what a resumed run starts from.
-        denoised: float64 [B, ...], this step's estimate of the clean latents (equal to `latents` at the end).
+        latents: float64, the state after the step; what a resumed run starts from.
+        denoised: float64, this step's estimate of the clean latents (equal to `latents` at the end).
     """
 
     index: int
     num_steps: int
-    t: tuple[float, ...]
     latents: torch.Tensor
     denoised: torch.Tensor
 
@@ -96,76 +128,23 @@ VelocityFn = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 NoiseFn = Callable[[int], torch.Tensor]
 
 
-def sample_steps(
-    velocity_fn: VelocityFn,
-    noise_fn: NoiseFn,
-    schedule: RCMSchedule | Sequence[RCMSchedule],
-    *,
-    ode: bool,
-    start_step: int = 0,
-    latents: torch.Tensor | None = None,
-) -> Iterator[Step]:
-    """Runs the sampler, giving each step as it is finished.
-
-        x      <- t_0 eps_0                              initial state
-        x_hat   = x - t v(x, t)
-        x      <- (1 - t') x_hat + t' eps                SDE: fresh noise each step
-        x      <- x - (t - t') v                         ODE: none
-
-    The last SDE step ends at t' = 0 and draws no noise, for it would be multiplied by 0.
+def sample_steps(velocity_fn: VelocityFn, noise_fn: NoiseFn, schedule: RCMSchedule, *, ode: bool) -> Iterator[Step]:
+    """Runs the sampler on samples that share a schedule, giving each step as it is finished.
 
     Args:
         velocity_fn: the network; casts the latents to its own dtype.
-        noise_fn: noise of a step, on the device where the state shall live. The noise of a step must not depend
-            on the calls before it (see `noise.draw_noise`), or a resumed run would differ.
-        schedule: one for all samples, or one a sample; all with the same num_steps.
+        noise_fn: noise of a step, on the device where the state shall live.
+        schedule: of all samples.
         ode: deterministic updates.
-        start_step: number of steps already done.
-        latents: [B, ...], the state after them (`Step.latents`); needed if and only if start_step > 0.
 
     Yields:
-        `Step` start_step, ..., num_steps - 1.
-
-    Raises:
-        InvalidArgument: schedules that disagree on num_steps or do not fit the batch, or a start that does not exist.
+        `Step` 0, ..., num_steps - 1.
     """
-    schedules = [schedule] if isinstance(schedule, RCMSchedule) else list(schedule)
-    if len({s.num_steps for s in schedules}) != 1:
-        raise InvalidArgument("NUM_STEPS", [s.num_steps for s in schedules], "the same for all samples of a batch")
-    num_steps = schedules[0].num_steps
-    if not 0 <= start_step < num_steps:
-        raise InvalidArgument("start_step", start_step, f"0 to {num_steps - 1}")
-    if (latents is None) != (start_step == 0):
-        raise InvalidArgument("start_step", start_step, "0 without latents, over 0 with the latents to go on from")
-
-    noise_or_state = noise_fn(0) if latents is None else latents
-    batch_size = noise_or_state.shape[0]
-    if isinstance(schedule, RCMSchedule):
-        schedules *= batch_size
-    elif len(schedules) != batch_size:
-        raise InvalidArgument("schedule", len(schedules), f"one schedule a sample, {batch_size} in all")
-
-    def per_sample(values: Sequence[float]) -> torch.Tensor:
-        """float64 [B, 1, ...], to broadcast against the state."""
-        column = torch.tensor(values, dtype=torch.float64, device=noise_or_state.device)
-        return column.view(-1, *[1] * (noise_or_state.ndim - 1))
-
-    x = noise_or_state.double()
-    if latents is None:
-        x = x * per_sample([s.times[0] for s in schedules])
-
-    for index in range(start_step, num_steps):
-        times = tuple(s.times[index] for s in schedules)
-        next_times = [s.times[index + 1] for s in schedules]
-        timesteps = torch.tensor([s.network_timesteps[index] for s in schedules], dtype=torch.float64)
-        t, t_next = per_sample(times), per_sample(next_times)
-
-        velocity = velocity_fn(x, timesteps, index).double()
-        denoised = x - t * velocity
-        if index == num_steps - 1:
-            x = denoised
-        elif ode:
-            x = x - (t - t_next) * velocity
-        else:
-            x = (1 - t_next) * denoised + t_next * noise_fn(index + 1).double()
-        yield Step(index=index, num_steps=num_steps, t=times, latents=x, denoised=denoised)
+    latents = schedule.start(noise_fn(0))
+    for index, timestep in enumerate(schedule.network_timesteps):
+        timesteps = torch.full((len(latents),), timestep, dtype=torch.float64)
+        velocity = velocity_fn(latents, timesteps, index)
+        noise = noise_fn(index + 1) if schedule.mixes_noise(index, ode=ode) else None
+        step = schedule.take_step(index, latents, velocity, noise, ode=ode)
+        latents = step.latents
+        yield step

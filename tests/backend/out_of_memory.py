@@ -22,7 +22,7 @@ from turbo_backend.errors import TurboError
 from turbo_backend.memory import decoder_bytes, denoiser_bytes
 from turbo_backend.parameters import Delivery, make_parameters
 from turbo_backend.settings import Settings
-from turbo_backend.stages.denoiser import DenoiseRequest
+from turbo_backend.stages.denoiser_request import DenoiseRequest
 from turbo_backend.stages.loading import load_denoiser, load_text_encoder, load_vae_decoder
 from turbo_backend.stages.vae_decoder import DecodedVideo, DecodeRequest
 

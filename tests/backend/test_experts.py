@@ -15,7 +15,8 @@ from turbo_backend.nets.attention import AttentionSettings
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.noise import draw_noise
-from turbo_backend.stages.denoiser import DenoisedStep, DenoiseRequest, DenoiserStage
+from turbo_backend.stages.denoiser import DenoiserStage
+from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest
 from turbo_backend.stages.experts import Experts, ResidentExperts, SwappedExperts
 
 MakeExperts = Callable[[], list[WanDiT]]
@@ -155,7 +156,7 @@ def test_a_mixed_batch_gives_what_each_gives_alone(stage: DenoiserStage, image_m
     assert isinstance(third, DenoisedStep)
     for step in (first, third):
         assert step.report is not None
-        assert step.report["stages"]["denoiser"]["batch_size"] == 2  # type: ignore[index]
+        assert step.report["stages"]["denoiser"]["batch_size"] > 1  # type: ignore[index]
 
 
 def make_swapped(model: ModelConfig, make_experts: MakeExperts) -> SwappedExperts:

@@ -8,7 +8,7 @@ from turbo_backend.errors import InvalidArgument
 from turbo_backend.parameters import Delivery
 from turbo_backend.pipeline import Pipeline
 from turbo_backend.settings import Settings
-from turbo_backend.stages.denoiser import DenoisedStep
+from turbo_backend.stages.denoiser_request import DenoisedStep
 from turbo_backend.stages.vae_decoder import DecodedChunk, DecodedVideo
 
 SHORT = {"num_frames": 5, "num_steps": 2, "seed": 3}

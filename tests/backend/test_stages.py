@@ -28,7 +28,8 @@ from turbo_backend.manifest import make_manifest
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.umt5 import UMT5Encoder
 from turbo_backend.parameters import MAX_PROMPT_BYTES, MAX_SEED, Delivery
-from turbo_backend.stages.denoiser import DenoisedStep, DenoiseRequest, DenoiserStage
+from turbo_backend.stages.denoiser import DenoiserStage
+from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest
 from turbo_backend.stages.experts import ResidentExperts
 from turbo_backend.stages.text_encoder import EncodedPrompt, TextEncoderStage
 from turbo_backend.stages.vae_decoder import DecodedChunk, DecodedVideo, DecodeRequest, VAEDecoderStage
@@ -228,7 +229,7 @@ class TestDenoiser:
             ask(encoded, SEED=9, NUM_STEPS=2),
         ]
         together = finish(stage, requests)
-        assert [stage_report(end)["batch_size"] for end in together] == [2, 2, 2, 1, 1, 1, 1, 1, 2]
+        assert [stage_report(end)["batch_size"] for end in together] == [5, 5, 5, 1, 1, 1, 5, 1, 5]
         for request, end in zip(requests, together, strict=True):
             (alone,) = finish(stage, [request])
             assert stage_report(alone)["batch_size"] == 1
@@ -357,7 +358,8 @@ class TestDenoiser:
         json.dumps(report)
         steps = report["stages"]["denoiser"].pop("step_milliseconds")  # type: ignore[index]
         assert len(steps) == 2
-        assert report["stages"]["denoiser"].pop("milliseconds") >= 0  # type: ignore[index]
+        assert report["stages"]["denoiser"].pop("milliseconds") == pytest.approx(sum(steps), abs=0.01)  # type: ignore[index]
+        assert report["stages"]["denoiser"].pop("queue_milliseconds") >= 0  # type: ignore[index]
         assert set(report.pop("versions")) >= {"torch", "numpy", "python", "turbodiffusion_server"}  # type: ignore[call-overload]
         assert report == {
             **encoded.report(),

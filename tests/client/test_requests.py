@@ -12,7 +12,7 @@ from turbo_client import GenerationRequest
 
 
 def encode(request: GenerationRequest):
-    return request.encode(model="text_to_video", request_id="r1")
+    return request.encode_stream(model="text_to_video", request_id="r1")
 
 
 def test_defaults_that_depend_on_the_model_are_not_sent() -> None:
@@ -84,8 +84,8 @@ def test_wrong_types_are_refused_by_name(field: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("seed", 2**63), ("seed", -(2**63) - 1), ("num_steps", 2**31), ("num_frames", -(2**31) - 1), ("priority_level", 2**63),
-     ("prompt", "\ud800"), ("timeout", 0.0), ("timeout", -1), ("timeout", float("nan"))],
+    [("seed", 2**63), ("seed", -(2**63) - 1), ("num_steps", 2**31), ("num_frames", -(2**31) - 1),
+     ("priority_level", 2**63), ("prompt", "\ud800"), ("timeout", 0.0), ("timeout", -1), ("timeout", float("nan"))],
 )  # fmt: skip
 def test_values_that_the_wire_cannot_hold_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^{field}\b"):
@@ -110,7 +110,7 @@ def test_image_from_bytes_or_a_path(tmp_path: Path) -> None:
         for source in (b"\x89PNG and more \xff", tmp_path / "a.png", str(tmp_path / "a.png"))
     ]
     assert requests[0] == requests[1] == requests[2]
-    message = requests[0].encode(model="image_to_video", request_id="r1")
+    message = requests[0].encode_stream(model="image_to_video", request_id="r1")
     found = dict(zip([tensor.name for tensor in message.inputs], message.raw_input_contents, strict=True))
     assert found["IMAGE"] == b"\x0f\0\0\0\x89PNG and more \xff"
     assert set(found) >= {"BOUNDARY", "ADAPTIVE_RESOLUTION", "FIT"}

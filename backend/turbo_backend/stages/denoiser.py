@@ -1,116 +1,77 @@
-"""Text embeddings and a seed in, latents out: the rCM loop over groups of requests that can run as one batch."""
+"""Text embeddings and a seed in, latents out: requests wait, take turns step by step, and are answered as they go.
+
+    submit -> checks -> queue -> [turn: choose who, one step, answers] ... -> latents
+
+A turn is the unit of everything: between two turns requests join, leave, are cancelled, or pass one another
+(`scheduler`); within a turn, `sampling` runs one step of those that were chosen. In a server, which calls `start`, one
+thread takes the turns and another gives the answers; in one process, whoever iterates over `denoise` takes them.
+"""
 
 from __future__ import annotations
 
 import logging
-import secrets
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
+from turbo_backend.cancellation import Cancellations
 from turbo_backend.config import ModelConfig
-from turbo_backend.errors import InvalidArgument, TurboError
-from turbo_backend.manifest import device_name, merge_reports, versions
-from turbo_backend.memory import as_turbo_error, decoder_bytes, denoiser_bytes, free_bytes
-from turbo_backend.nets.attention import AttentionSettings, TextContext
-from turbo_backend.noise import draw_noise
-from turbo_backend.parameters import MAX_SEED, GenerationParameters, Scheduling, make_parameters
-from turbo_backend.planner import check_request
-from turbo_backend.sampler import RCMSchedule, sample_steps
+from turbo_backend.errors import Cancelled, DeadlineExceeded, InvalidArgument, TurboError
+from turbo_backend.memory import as_turbo_error, free_bytes
+from turbo_backend.stages.admission import Admission
+from turbo_backend.stages.answers import Answers
+from turbo_backend.stages.denoiser_queue import DenoiserQueue
+from turbo_backend.stages.denoiser_report import DenoiserReport
+from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest, Receive, Run
 from turbo_backend.stages.experts import Experts
-from turbo_kernels import attention_geometry
+from turbo_backend.stages.sampling import HostStep, Sample, Sampling, use_device
+from turbo_backend.stages.scheduler import StepScheduler, Task
+from turbo_backend.stages.step_store import Reached, StepStore, StepWriter
 
 _log = logging.getLogger(__name__)
 
-#: Longest side of a preview in latents; larger estimates are averaged down before they are decoded.
-_PREVIEW_SIDE = 32
+#: Requests whose first noise is drawn on arrival; more of it would only fill memory.
+_MAX_DRAWN_AHEAD = 8
 
+#: What a stage counts: by name, the description and what the label says.
+COUNTERS: dict[str, tuple[str, str]] = {
+    "turbo_denoiser_requests": ("Requests that ended, by outcome", "outcome"),
+    "turbo_denoiser_queue_milliseconds": ("Time that requests waited before their first step", "priority_level"),
+    "turbo_denoiser_steps": ("Denoising steps that ran, by how many requests shared each", "batch_size"),
+    "turbo_denoiser_step_milliseconds": ("Time that these steps took", "batch_size"),
+    "turbo_denoiser_resumes": ("Requests that went on from a stored step, by its number", "step"),
+}
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenoiseRequest:
-    """One request as it arrived.
-
-    Attributes:
-        text_embeddings: float32 `[text_len, text_dim]`; rows past `text_length` are ignored.
-        values: wire values by name (`SEED`, `NUM_STEPS`, ...), not yet checked.
-        report: what earlier stages reported (`prompt`, `image`, `stages`).
-        image_latents: float32 `[4 + 16, T, h, w]`, mask and latents of the image, for a model that takes one.
-        preview: yield a preview with each step.
-        request_id: the caller's name for it, by which it can be cancelled and its steps are stored.
-        scheduling: when it runs beside others, and whether its steps are stored.
-    """
-
-    text_embeddings: torch.Tensor
-    text_length: int
-    values: Mapping[str, object]
-    report: Mapping[str, object]
-    image_latents: torch.Tensor | None = None
-    preview: bool = False
-    request_id: str = ""
-    scheduling: Scheduling = Scheduling()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenoisedStep:
-    """Step `step` of `step_count` is done.
-
-    Attributes:
-        preview_latents: float32 `[16, 1, h', w']`, the denoised estimate's middle frame, or None.
-        latents: float32 `[16, T, h, w]` after the last step, else None.
-        report: with the last step.
-    """
-
-    step: int
-    step_count: int
-    preview_latents: torch.Tensor | None = None
-    latents: torch.Tensor | None = None
-    report: dict[str, object] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Admitted:
-    """A request that passed every check."""
-
-    index: int
-    request: DenoiseRequest
-    parameters: GenerationParameters
-
-    experts: tuple[int, ...]
-
-    @property
-    def group(self) -> tuple[object, ...]:
-        """What must match for two requests to run as one batch; seeds may differ, and sigma_max and boundary as long
-        as the same expert runs each step."""
-        p = self.parameters
-        return (p.latent_shape, p.num_steps, p.attention_type, p.sla_topk, p.ode, self.experts)
-
-
-#: One update of the request with that index; or None: the group's next step needs another expert than its last.
-_Update: TypeAlias = "tuple[int, DenoisedStep | TurboError] | None"
+#: (counter, label, amount).
+Count: TypeAlias = Callable[[str, str, float], None]
 
 
 class DenoiserStage:
-    """Runs the rCM sampler for batches of unlike requests.
+    """Runs the rCM sampler for unlike requests, one step of a few of them at a time.
 
     With two experts, the high-noise one runs until a step begins below the request's boundary, and the low-noise one
-    from there on. Where changing them costs something, all groups of a batch run their high-noise steps first.
+    from there on.
 
     Args:
         experts: the denoiser networks.
+        model: the served model.
         device: where they run.
         dtype: of their activations.
-        model: the served model.
         provider: attention provider (`reference`, `triton`, `spargeattn`).
-        max_batch_size: most requests that run as one batch.
-        max_batch_tokens: most tokens that one batch may hold together; a longer request runs alone.
+        max_batch_size: most requests that share a forward.
+        max_batch_tokens: most tokens that one forward may hold together; a longer request runs alone.
         fingerprint: of the weights, for the report.
         identity: other facts about this server that go into every report.
+        max_queue_size: most requests that are held, waiting and running; more are refused.
+        cancellations: where requests are given up; None where nobody can.
+        store: where the steps of durable requests are kept; None keeps none.
+        count: takes what `COUNTERS` lists.
+        clock: seconds, for deadlines and times.
     """
 
     def __init__(
@@ -125,235 +86,278 @@ class DenoiserStage:
         max_batch_tokens: int,
         fingerprint: str,
         identity: Mapping[str, object],
+        max_queue_size: int = 64,
+        cancellations: Cancellations | None = None,
+        store: StepStore | None = None,
+        count: Count | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._experts = experts
-        self._model = model
-        self._provider = provider
-        self._max_batch_size = max_batch_size
-        self._max_batch_tokens = max_batch_tokens
-        self._fingerprint = fingerprint
-        self._identity = dict(identity)
         self._device = device
-        self._dtype = dtype
-        self._last_of_pass = True
+        self._cancellations = cancellations
+        self._writer = None if store is None else StepWriter(store)
+        self._count = count
+        self._clock = clock
+        self._admission = Admission(model, device=device, dtype=dtype, provider=provider)
+        self._sampling = Sampling(experts, model.dit.out_channels, device=device, dtype=dtype, provider=provider)
+        scheduler = StepScheduler(
+            max_batch_size=max_batch_size,
+            max_batch_tokens=max_batch_tokens,
+            switch_is_free=experts.switch_is_free,
+        )
+        self._queue = DenoiserQueue(scheduler, max_size=max_queue_size, cancellations=cancellations, clock=clock)
+        self._report = DenoiserReport(
+            model,
+            device=device,
+            dtype=dtype,
+            provider=provider,
+            placement=experts.placement,
+            fingerprint=fingerprint,
+            identity=identity,
+        )
+        self._answers = Answers(between=self._sweep, is_busy=lambda: len(self._queue) > 0)
+        self._free = free_bytes(device)
+        self._turn_lock = threading.Lock()
+        self._turns: threading.Thread | None = None
+        self._is_closing = False
+
+    def start(self) -> None:
+        """Lets threads take the turns and give the answers; `denoise` is of no use from then on."""
+        self._answers.start()
+        self._turns = threading.Thread(target=self._take_turns, name="denoiser-turns")
+        self._turns.start()
+
+    def close(self) -> None:
+        """Ends the threads, once what was submitted is done."""
+        self._is_closing = True
+        self._queue.wake()
+        if self._turns is not None:
+            self._turns.join()
+        self._answers.close()
+        self._sampling.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def submit(self, request: DenoiseRequest, receive: Receive) -> Run | None:
+        """Lets a request wait for its turns, or refuses it.
+
+        Args:
+            receive: called for each update; after `start` in another thread.
+
+        Returns:
+            What `withdraw` takes; None where it was refused.
+        """
+        try:
+            run = self._admit(request, receive)
+            self._queue.enter(run)
+        except Exception as error:
+            refused = as_turbo_error(error, "denoiser")
+            self._add("turbo_denoiser_requests", _outcome(refused, "refused"))
+            self._answers.give(partial(receive, refused))
+            return None
+        self._answers.wake()  # it may have been given up already
+        if self._writer is not None and request.scheduling.durable:
+            self._writer.load(request.request_id, partial(self._join, run))
+        else:
+            self._join(run, request.reached)
+        return run
+
+    def withdraw(self, run: Run) -> None:
+        """Lets a run take no more turns, and get no more answers; one that has ended stays as it is."""
+        if self._queue.leave(run):
+            run.has_ended = True
+            self._sampling.forget(run.sample)
 
     def denoise(
         self, requests: Sequence[DenoiseRequest | TurboError]
     ) -> Iterator[tuple[int, DenoisedStep | TurboError]]:
-        """Runs a batch; yields (index, update), for each request ending in latents or an error.
+        """Runs requests in this process; yields (index, update), for each request ending in latents or an error.
 
-        An entry that is already an error is yielded as it is; one that fails never harms its neighbours.
+        An entry that is already an error is yielded as it is; one that fails never harms its neighbours. Several
+        threads may do this at once: whoever wants an update takes the next turn, for all.
         """
-        groups: dict[tuple[object, ...], list[_Admitted]] = defaultdict(list)
+        updates: deque[tuple[int, DenoisedStep | TurboError]] = deque()
+        runs: list[Run | None] = []
+
+        def receiver(index: int) -> Receive:
+            return lambda update: updates.append((index, update))
+
         for index, request in enumerate(requests):
-            try:
-                admitted = self._admit(index, request)
-            except Exception as error:
-                yield index, as_turbo_error(error, "denoiser")
+            if isinstance(request, TurboError):
+                receiver(index)(request)
             else:
-                groups[admitted.group].append(admitted)
-        runs: list[Iterator[_Update]] = []
-        for members in groups.values():
-            fitting = self._max_batch_tokens // members[0].parameters.num_tokens
-            at_once = min(max(1, fitting), self._max_batch_size)
-            runs += [self._run_group(members[first : first + at_once]) for first in range(0, len(members), at_once)]
-        while runs:  # one pass for each expert, or a single one where changing them is free
-            waiting = []
-            for run in runs:
-                self._last_of_pass = run is runs[-1]
-                for update in run:
-                    if update is not None:
-                        yield update
-                    elif not self._experts.switch_is_free:
-                        waiting.append(run)
-                        break
-            runs = waiting
-
-    def _admit(self, index: int, request: DenoiseRequest | TurboError) -> _Admitted:
-        if isinstance(request, TurboError):
-            raise request
-        parameters = make_parameters(
-            self._model,
-            request.values,
-            seed=1 + secrets.randbelow(MAX_SEED),
-            image_size=_image_size(request.report),
-        )
-        self._check_image(request.image_latents, parameters)
-        embeddings, dit = request.text_embeddings, self._model.dit
-        if embeddings.ndim != 2 or embeddings.shape[1] != dit.text_dim or embeddings.shape[0] > dit.text_len:
-            fits = f"[tokens <= {dit.text_len}, {dit.text_dim}]"
-            raise InvalidArgument("TEXT_EMBEDDINGS", list(embeddings.shape), f"of shape {fits}")
-        if not 1 <= request.text_length <= embeddings.shape[0]:
-            raise InvalidArgument("TEXT_LENGTH", request.text_length, f"1 to {embeddings.shape[0]}")
-        if not torch.isfinite(embeddings[: request.text_length]).all():
-            raise InvalidArgument("TEXT_EMBEDDINGS", "NaN or infinity", "finite")
-        self._check_memory(parameters)
-        schedule = RCMSchedule(parameters.num_steps, parameters.sigma_max)
-        boundary = parameters.boundary if self._model.num_experts > 1 else 0.0
-        experts = tuple(schedule.expert(step, boundary) for step in range(parameters.num_steps))
-        return _Admitted(index=index, request=request, parameters=parameters, experts=experts)
-
-    def _check_memory(self, parameters: GenerationParameters) -> None:
-        model, device, dtype = self._model, self._device, self._dtype
-        free = free_bytes(device)
-
-        def denoising(candidate: GenerationParameters) -> int:
-            return denoiser_bytes(model.dit, candidate, dtype, provider=self._provider, device=device)
-
-        def decoding(candidate: GenerationParameters) -> int:
-            return decoder_bytes(model.vae, candidate, dtype, device=device)
-
-        check_request(model, parameters, denoising, free=free, what="denoising")
-        check_request(model, parameters, decoding, free=free, what="decoding")
-
-    def _check_image(self, image_latents: torch.Tensor | None, parameters: GenerationParameters) -> None:
-        model = self._model
-        if image_latents is None:
-            if model.takes_image:
-                raise InvalidArgument("IMAGE", None, f"given: {model.name} starts from an image ({model.ensemble})")
-            return
-        if not model.takes_image:
-            raise InvalidArgument("IMAGE", "an image", f"left out: {model.name} makes videos from text alone")
-        expected = (model.dit.in_channels - model.dit.out_channels, *parameters.latent_shape)
-        if tuple(image_latents.shape) != expected:
-            raise InvalidArgument("IMAGE_LATENTS", list(image_latents.shape), f"of shape {list(expected)}")
-        if not torch.isfinite(image_latents).all():
-            raise InvalidArgument("IMAGE_LATENTS", "NaN or infinity", "finite")
-
-    def _run_group(self, members: Sequence[_Admitted]) -> Iterator[_Update]:
+                runs.append(self.submit(request, receiver(index)))
+        unanswered = len(requests)
         try:
-            yield from self._sample(members)
-        except Exception as error:
-            if len(members) == 1:
-                yield members[0].index, as_turbo_error(error, "denoiser")
-            else:  # what fails together may do alone
-                _log.warning("%d requests failed as one batch, each now runs alone: %s", len(members), error)
-                for member in members:
-                    yield from self._run_group([member])
+            while unanswered:
+                while not updates:
+                    if self._queue.wait(lambda: bool(updates)):
+                        self.turn()
+                index, update = updates.popleft()
+                unanswered -= _ends(update)
+                yield index, update
+        finally:  # the caller may want no more
+            for run in runs:
+                if run is not None:
+                    self.withdraw(run)
 
-    @torch.inference_mode()
-    def _sample(self, members: Sequence[_Admitted]) -> Iterator[_Update]:
-        first, experts = members[0].parameters, members[0].experts
-        attention = AttentionSettings(
-            attention_type=first.attention_type, sla_topk=first.sla_topk, provider=self._provider
-        )
-        shape = (self._model.dit.out_channels, *first.latent_shape)
-
-        def draw(step: int) -> torch.Tensor:
-            noise = [draw_noise(member.parameters.seed, step, shape) for member in members]
-            return torch.stack(noise).to(self._device)
-
-        context: tuple[int, TextContext] | None = None
-
-        def velocity(latents: torch.Tensor, timesteps: torch.Tensor, step: int) -> torch.Tensor:
-            nonlocal context
-            expert = experts[step]
-            net = self._experts.select(expert)
-            if context is None or context[0] != expert:
-                context = None  # frees the other expert's first
-                context = expert, net.prepare_context(text_embeddings, text_lengths)
-            # After the last step the next request is expected, which begins with the first expert.
-            upcoming = (*experts, 0)[step + 1]
-            if upcoming != expert and self._last_of_pass:
-                self._experts.switch_during_next_run(upcoming)
-            inputs = [latents.to(self._dtype)] if image_latents is None else [latents.to(self._dtype), image_latents]
-            estimate: torch.Tensor = net(torch.cat(inputs, dim=1), timesteps, context[1], attention=attention)
-            return estimate
-
-        if experts[0]:
-            yield None
-        started = stepped = time.perf_counter()
-        text_embeddings = pad_sequence([member.request.text_embeddings for member in members], batch_first=True)
-        text_embeddings = text_embeddings.to(self._device, self._dtype)
-        text_lengths = [member.request.text_length for member in members]
-        images = [member.request.image_latents for member in members if member.request.image_latents is not None]
-        image_latents = torch.stack(images).to(self._device, self._dtype) if images else None
-        schedules = [RCMSchedule(first.num_steps, member.parameters.sigma_max) for member in members]
-        step_milliseconds: list[float] = []
-        for step in sample_steps(velocity, draw, schedules, ode=first.ode):
-            latents = step.latents.float().cpu() if step.is_last else None
-            if self._device.type == "cuda" and not step.is_last:
-                torch.cuda.synchronize(self._device)
-            now = time.perf_counter()
-            step_milliseconds.append(round((now - stepped) * 1000, 2))
-            stepped = now
-            for row, member in enumerate(members):
-                if latents is not None and not torch.isfinite(latents[row]).all():
-                    yield member.index, TurboError("denoiser gave latents that are not finite")
-                    continue
-                yield (
-                    member.index,
-                    DenoisedStep(
-                        step=step.index + 1,
-                        step_count=first.num_steps,
-                        preview_latents=_shrink(step.denoised[row]) if member.request.preview else None,
-                        latents=None if latents is None else latents[row],
-                        report=self._report(member, len(members), (now - started) * 1000, step_milliseconds)
-                        if step.is_last
-                        else None,
-                    ),
+    def turn(self) -> None:
+        """Ends what is to be ended, then runs one step of those whose turn it is, if anybody waits."""
+        with self._turn_lock:
+            self._sweep()
+            self._free = free_bytes(self._device)
+            running = self._queue.begin_turn()
+            if running is None:
+                return
+            for run in running.runs:
+                if not run.log.step_milliseconds:
+                    label = str(run.task.priority_level)
+                    self._add("turbo_denoiser_queue_milliseconds", label, run.log.queue_milliseconds)
+            turn = running.turn
+            try:
+                steps = self._sampling.run(
+                    [run.sample for run in running.runs],
+                    turn.expert,
+                    upcoming=[run.sample for run in running.upcoming],
+                    next_expert=turn.next_expert,
                 )
-            if not step.is_last and experts[step.index + 1] != experts[step.index]:
-                yield None
-                stepped = time.perf_counter()
+            except Exception as error:
+                self._queue.fail_turn(running)
+                self._tell_failure(running.runs, error)
+                return
+            milliseconds = self._queue.end_turn(running)
+            self._add("turbo_denoiser_steps", str(len(steps)))
+            self._add("turbo_denoiser_step_milliseconds", str(len(steps)), milliseconds)
+            for run, step in zip(running.runs, steps, strict=True):
+                self._tell_step(run, step)
 
-    def _report(
-        self, member: _Admitted, batch_size: int, milliseconds: float, step_milliseconds: Sequence[float]
-    ) -> dict[str, object]:
-        p = member.parameters
-        left_out = {"seed", "width", "height"}
-        if not self._model.takes_image:
-            left_out |= {"boundary", "adaptive_resolution", "fit"}
-        parameters = {key: value for key, value in p.to_dict().items() if key not in left_out}
-        attention: dict[str, object] = {"type": p.attention_type, "provider": self._provider}
-        if p.attention_type != "original":
-            attention["block_q"], attention["block_k"] = attention_geometry(p.attention_type, self._device)
-        stage: dict[str, object] = {
-            "milliseconds": round(milliseconds, 2),
-            "step_milliseconds": list(step_milliseconds),
-            "batch_size": batch_size,
-        }
-        notes: list[str] = []
-        if self._model.num_experts > 1:
-            stage |= {"experts": list(member.experts), "expert_placement": self._experts.placement}
-            if 1 not in member.experts:
-                notes.append(_never_reached(p))
-        return merge_reports(
-            member.request.report,
-            self._identity,
-            {
-                "model": self._model.name,
-                "seed": p.seed,
-                "parameters": parameters,
-                "attention": attention,
-                "num_tokens": p.num_tokens,
-                "device": device_name(self._device),
-                "dtype": str(self._dtype).removeprefix("torch."),
-                "versions": versions(),
-                "weights": {"denoiser": self._fingerprint},
-                "stages": {"denoiser": stage},
-                "notes": notes,
-            },
+    def _admit(self, request: DenoiseRequest, receive: Receive) -> Run:
+        """Checks a request.
+
+        Raises:
+            TurboError: it is refused.
+        """
+        # While a step runs, its workspace is not free, but will be.
+        free = self._free if self._queue.is_running else free_bytes(self._device)
+        parameters = self._admission.check(request, free=free)
+        return Run(
+            request=request,
+            receive=receive,
+            task=Task(
+                group=(parameters.latent_shape, parameters.attention_type, parameters.sla_topk),
+                num_tokens=parameters.num_tokens,
+                experts=self._admission.experts(parameters),
+                priority_level=request.scheduling.priority_level,
+            ),
+            sample=Sample(
+                parameters=parameters,
+                text_embeddings=request.text_embeddings[: request.text_length],
+                image_latents=request.image_latents,
+                preview=request.preview,
+                keep=self._writer is not None and request.scheduling.durable,
+            ),
+            arrived=self._clock(),
         )
 
+    def _join(self, run: Run, reached: Reached | None) -> None:
+        """Lets a run take its turns, from where another run of the request had come."""
+        sample = run.sample
+        if reached is not None:
+            try:
+                self._admission.check_reached(reached, sample.parameters)
+            except InvalidArgument as error:
+                _log.warning("request %s begins anew: %s", run.request.request_id, error)
+            else:
+                sample.step, sample.state = reached
+                run.log.resumed_after = sample.step
+                self._add("turbo_denoiser_resumes", str(sample.step))
+        if sample.state is not None and sample.step == sample.parameters.num_steps:
+            self._tell_step(run, HostStep(preview_latents=None, state=None, latents=sample.state.float()))
+            return
+        if len(self._queue) <= _MAX_DRAWN_AHEAD:
+            self._sampling.draw_ahead(sample, sample.step)
+        self._queue.join(run)
 
-def _never_reached(parameters: GenerationParameters) -> str:
-    """Why the low-noise expert did not run, in words."""
-    last = RCMSchedule(parameters.num_steps, parameters.sigma_max).times[-2]
-    steps = f"{parameters.num_steps} step{'s' if parameters.num_steps > 1 else ''}"
-    return f"the low-noise expert never ran: the last of {steps} is at t = {last:.3f}, boundary {parameters.boundary}"
+    def _sweep(self) -> None:
+        for run, reason in self._queue.sweep():
+            self._end(run, reason)
+
+    def _tell_step(self, run: Run, step: HostStep) -> None:
+        if step.state is not None and self._writer is not None:
+            self._writer.save(run.request.request_id, run.sample.step, step.state)
+        if step.latents is not None:
+            if not self._queue.leave(run):
+                return
+            self._sampling.forget(run.sample)
+        self._answers.give(partial(self._give_step, run, run.sample.step, step))
+
+    def _give_step(self, run: Run, number: int, step: HostStep) -> None:
+        report = None
+        if step.latents is not None:
+            if not torch.isfinite(step.latents).all():
+                self._end(run, TurboError("denoiser gave latents that are not finite"))
+                return
+            self._add("turbo_denoiser_requests", "done")
+            report = self._report.write(run.request.report, run.sample.parameters, run.task.experts, run.log)
+        self._give(
+            run,
+            DenoisedStep(
+                step=number,
+                step_count=len(run.task.experts),
+                cancel_token=run.cancel_token,
+                preview_latents=step.preview_latents,
+                latents=step.latents,
+                report=report,
+            ),
+        )
+
+    def _give(self, run: Run, update: DenoisedStep | TurboError) -> None:
+        """One update; nothing comes after a run's end, which may have been found while its step was being told."""
+        if not run.has_ended:
+            run.has_ended = _ends(update)
+            run.receive(update)
+            self._queue.wake()
+
+    def _tell_failure(self, runs: Sequence[Run], error: Exception) -> None:
+        """What fails together may do alone; one that fails alone is over."""
+        if len(runs) > 1:
+            _log.warning("%d requests failed as one batch, each now runs alone: %s", len(runs), error)
+            return
+        (run,) = runs
+        if self._queue.leave(run):
+            self._end(run, as_turbo_error(error, "denoiser"))
+
+    def _end(self, run: Run, error: TurboError) -> None:
+        """Answers a run that ends without latents and has left the queue."""
+        self._sampling.forget(run.sample)
+        if self._writer is not None:
+            self._writer.forget(run.request.request_id)
+        if self._cancellations is not None:
+            self._cancellations.forget(*run.cancel_keys)
+        self._add("turbo_denoiser_requests", _outcome(error, "failed"))
+        self._answers.give(partial(self._give, run, error))
+
+    def _add(self, counter: str, label: str, amount: float = 1.0) -> None:
+        if self._count is not None:
+            self._answers.give(partial(self._count, counter, label, amount))
+
+    def _take_turns(self) -> None:
+        use_device(self._device)
+        while self._queue.wait(lambda: self._is_closing and not len(self._queue)):
+            self.turn()
 
 
-def _image_size(report: Mapping[str, object]) -> tuple[int, int] | None:
-    """(width, height) of the image that an earlier stage reported."""
-    image = report.get("image")
-    return (int(image["width"]), int(image["height"])) if isinstance(image, Mapping) else None
+def _append(
+    updates: deque[tuple[int, DenoisedStep | TurboError]], index: int, update: DenoisedStep | TurboError
+) -> None:
+    updates.append((index, update))
 
 
-def _shrink(estimate: torch.Tensor) -> torch.Tensor:
-    """The middle frame of `[C, T, h, w]`, averaged down to at most `_PREVIEW_SIDE` a side, float32 on the CPU."""
-    frame = estimate[:, estimate.shape[1] // 2].float()
-    factor = -(-max(frame.shape[1:]) // _PREVIEW_SIDE)
-    if factor > 1:
-        frame = F.avg_pool2d(frame[None], factor)[0]
-    return frame[:, None].cpu()
+def _ends(update: DenoisedStep | TurboError) -> bool:
+    return isinstance(update, TurboError) or update.latents is not None
+
+
+def _outcome(error: TurboError, otherwise: str) -> str:
+    """The label that a request's end is counted under."""
+    if isinstance(error, Cancelled):
+        return "cancelled"
+    return "deadline" if isinstance(error, DeadlineExceeded) else otherwise

@@ -31,7 +31,8 @@ from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.parameters import RESOLUTIONS, Delivery, make_parameters
 from turbo_backend.planner import choose_placement
 from turbo_backend.settings import Settings
-from turbo_backend.stages.denoiser import DenoisedStep, DenoiseRequest, DenoiserStage
+from turbo_backend.stages.denoiser import DenoiserStage
+from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest
 from turbo_backend.stages.experts import Experts, ResidentExperts, SwappedExperts
 from turbo_backend.stages.image_encoder import ImageEncoderStage
 from turbo_backend.stages.text_encoder import TextEncoderStage
