@@ -13,7 +13,7 @@
     │   ├── UnimplementedError       UNIMPLEMENTED
     │   └── InternalError            INTERNAL, UNKNOWN, DATA_LOSS, ABORTED, FAILED_PRECONDITION
     ├── UnreachableError             no connection, or it broke       (also a ConnectionError)
-    ├── DeadlineExceededError        the call's timeout passed        (also a TimeoutError)
+    ├── DeadlineExceededError        the call's timeout passed, or the request's deadline (also a TimeoutError)
     ├── MalformedResponseError       the answer is not what this client speaks
     ├── ManifestError                no readable replay manifest      (also a ValueError)
     └── MissingExtraError            an optional package is needed    (also an ImportError)
@@ -172,7 +172,7 @@ def error_from_status(status: RpcStatus, *, request_id: str | None = None) -> Tu
     """The typed error of a status. UNAVAILABLE becomes UnavailableError; only the caller can tell it from a
     broken connection, because gRPC reports both alike."""
     message = status.details or f"the server answered {status.code.name} without a message"
-    if status.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+    if status.code is grpc.StatusCode.DEADLINE_EXCEEDED or message.startswith("[DEADLINE_EXCEEDED]"):
         return DeadlineExceededError(message, request_id=request_id)
     for pattern, kind in MESSAGE_ERRORS:
         if pattern.match(message):

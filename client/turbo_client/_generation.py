@@ -122,7 +122,7 @@ class Generation:
         if self.video is not None:
             return None
         error = error_from_status(status, request_id=self.request_id)
-        if isinstance(error, DeadlineExceededError):
+        if status.code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return self._out_of_time()
         if (
             isinstance(error, UnavailableError)

@@ -262,12 +262,12 @@ class Wait:
         return self._job is not None and self._job.has_ended
 
     def fail(self, error: TurboDiffusionError) -> None:
-        """Takes a failed call; one that the server's absence explains is made again.
+        """Takes a failed call; one that the server's absence or haste explains is made again.
 
         Raises:
             TurboDiffusionError: any other.
         """
-        if isinstance(error, DeadlineExceededError) or not isinstance(error, (UnreachableError, UnavailableError)):
+        if not isinstance(error, (UnreachableError, UnavailableError, DeadlineExceededError)):
             raise error
         self._failures, self._reason = self._failures + 1, f": {error.message}"
         self._poll = self._retries.delay(self._failures)

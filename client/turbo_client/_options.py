@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -157,14 +158,15 @@ class ParameterOptions:
     ] = None
 
     def request(self, prompt: str, *, container: str, preview: bool) -> GenerationRequest:
-        """The request as these options ask for it.
+        """The request as these options ask for it; a prompt `-` is read from stdin.
 
         Raises:
             UsageError: a value cannot be sent.
         """
+        text = _read_stdin() if prompt == "-" else prompt
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         try:
-            return GenerationRequest(prompt, container=container, preview=preview, **values)
+            return GenerationRequest(text, container=container, preview=preview, **values)
         except ValueError as error:
             raise UsageError(str(error)) from None
 
@@ -186,6 +188,13 @@ class OutputOptions:
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=_DELIVERY)] = (
         False
     )
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode().strip()
+    except UnicodeDecodeError:
+        raise UsageError("the prompt on stdin is not UTF-8") from None
 
 
 def spread(*groups: type) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:

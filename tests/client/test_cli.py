@@ -130,7 +130,8 @@ def test_every_parameter_is_an_option(run: Run, fake: FakeTriton, tmp_path: Path
     options = [
         "--seed", 7, "--num-steps", 1, "--num-frames", 33, "--resolution", "144p", "--aspect-ratio", "9:16",
         "--sigma-max", 80.5, "--attention-type", "original", "--sla-topk", 0.2, "--ode", "--fps", 24,
-        "--priority-level", 3, "--request-id", "mine", "--model", "text_to_video_14b", "--api-key-header", "x-key", "--quiet",
+        "--priority-level", 3, "--request-id", "mine", "--model", "text_to_video_14b", "--api-key-header", "x-key",
+        "--quiet",
     ]  # fmt: skip
     result = run("generate", "狐狸", *options, TURBO_URL=fake.address, TURBO_API_KEY="k1")
     assert (result.returncode, result.stdout, result.stderr) == (0, b"out.mp4\n", b"")

@@ -12,7 +12,7 @@ _SERVER_TROUBLE = re.compile(
     r"Stub process .* is not healthy|has stopped accepting new inference requests|is not ready"
 )
 #: A full queue empties; attempts against memory that is short, or a stage that fails, are counted.
-_QUEUE_FULL = re.compile(r"\[RESOURCE_EXHAUSTED\].*queue")
+_QUEUE_FULL = re.compile(r"\[RESOURCE_EXHAUSTED\] \d+ requests wait or run already")
 MAX_FAILURES = 3
 
 

@@ -18,7 +18,8 @@ import torch
 
 from turbo_backend.errors import TurboError
 from turbo_backend.jobs.records import JobRequest, job_of_request, request_name, unseal
-from turbo_backend.jobs.storage import Storage
+from turbo_backend.jobs.storage import Storage, open_storage
+from turbo_backend.settings import Settings
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +79,12 @@ class StepFiles:
         if content is None or unseal(JobRequest, content).request_id != request_id:
             raise TurboError(f"no job runs under request id {request_id!r}: its steps are not kept")
         self._known = request_id
+
+
+def open_step_files(settings: Settings, identity: Mapping[str, object]) -> StepFiles | None:
+    """Where the denoiser keeps the steps of jobs; None for a server without jobs."""
+    location = settings.job_store_location
+    return None if location is None else StepFiles(open_storage(location), identity)
 
 
 def step_name(request_id: str, step: int) -> str:
