@@ -114,6 +114,19 @@ class ModelConfig:
         """Name of the Triton ensemble that serves this model."""
         return "image_to_video" if self.takes_image else "text_to_video"
 
+    @property
+    def suffix(self) -> str:
+        """What tells the model's parts from those of another one on the same server, such as `denoiser_14b`."""
+        return self.name.rpartition("-")[2].lower().replace(".", "_")
+
+    def shares_stages_with(self, other: ModelConfig) -> bool:
+        """Whether one text encoder and one VAE serve both."""
+        return self._shared == other._shared
+
+    @property
+    def _shared(self) -> tuple[object, ...]:
+        return self.text_encoder, self.text_encoder_file, self.tokenizer, self.dit.text_len, self.vae, self.vae_file
+
 
 _TINY_DIT = DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=6, text_dim=256)
 _TINY_TEXT_ENCODER = TextEncoderConfig(vocab_size=512, dim=256, dim_attn=256, dim_ffn=512, num_heads=4, num_layers=4)
@@ -172,6 +185,14 @@ MODELS: dict[str, ModelConfig] = {
         ),
     )
 }
+
+
+def name_ensembles(models: Sequence[ModelConfig]) -> dict[str, ModelConfig]:
+    """The networks of one server by the name of their ensemble: plain for the first of a kind, then with a suffix."""
+    names: dict[str, ModelConfig] = {}
+    for model in models:
+        names[f"{model.ensemble}_{model.suffix}" if model.ensemble in names else model.ensemble] = model
+    return names
 
 
 def find_model(name: str) -> ModelConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from turbo_backend.config import MODELS, ModelConfig, find_model
+from turbo_backend.config import MODELS, ModelConfig, find_model, name_ensembles
 from turbo_backend.errors import Misconfigured
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ Provider = Literal["auto", "reference", "triton", "spargeattn"]
 ExpertPlacement = Literal["auto", "resident", "swapped"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
+#: Fields that hold several values, and what stands between them in a variable.
+_SEPARATORS = {"models": ",", "dit_checkpoint": ":"}
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 
@@ -36,13 +39,22 @@ class Settings(BaseModel):
     """One server's settings; frozen, and valid by construction.
 
     Build it with `Settings.from_environment()`. The fields hold what was asked for; the properties
-    `served_model`, `device`, `dtype`, `provider` and `threads` say what that means on this machine. (Pydantic owns the
-    name `model_config`.)
+    `served_models`, `device`, `dtype`, `provider` and `threads` say what that means on this machine. (Pydantic owns
+    the name `model_config`.)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str = Field("tiny", description=f"Model to serve: {', '.join(MODELS)}.")
+    models: tuple[str, ...] = Field(
+        ("tiny",),
+        alias="model",
+        description=f"Model to serve: {', '.join(MODELS)}; several that share text encoder and VAE separated by ','.",
+    )
+    ensemble: str = Field(
+        "",
+        description="Name of the model's ensemble where it is not `text_to_video` or `image_to_video`; "
+        "the launcher sets it for each of several models.",
+    )
     checkpoint_dir: Path | None = Field(
         None, description="Folder of the published weight files and the tokenizer; the `tiny` models bring their own."
     )
@@ -85,6 +97,17 @@ class Settings(BaseModel):
     )
     max_batch_size: int = Field(
         8, ge=1, le=8, description="Largest batch a stage runs at once; config.pbtxt admits up to 8."
+    )
+    batch_invariant: bool = Field(
+        True,
+        description="Give a request the same latents, bit for bit, whatever runs beside it: on a GPU each step of each "
+        "request is then a forward of its own. `false` lets short requests share one.",
+    )
+    max_queue_size: int = Field(
+        64,
+        ge=1,
+        le=4096,
+        description="Requests that the denoiser holds, waiting and running; more are refused with RESOURCE_EXHAUSTED.",
     )
 
     job_store: str = Field(
@@ -135,14 +158,27 @@ class Settings(BaseModel):
         for variable in list_variables():
             value = getattr(self, variable.field)
             if value != type(self).model_fields[variable.field].default:
-                environment[variable.name] = _format(value)
+                environment[variable.name] = _format(variable.field, value)
         return environment
 
-    @field_validator("model")
+    @field_validator("models")
     @classmethod
-    def _check_model(cls, value: str) -> str:
-        if value not in MODELS:
+    def _check_models(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or any(name not in MODELS for name in value):
             raise ValueError(f"one of {', '.join(MODELS)}")
+        if len(set(value)) < len(value):
+            raise ValueError("each model once")
+        first, *others = (MODELS[name] for name in value)
+        for other in others:
+            if not first.shares_stages_with(other):
+                raise ValueError(f"models with the same text encoder and VAE, unlike {first.name} and {other.name}")
+        return value
+
+    @field_validator("ensemble")
+    @classmethod
+    def _check_ensemble(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z0-9_]*", value):
+            raise ValueError("lower-case letters, digits and _")
         return value
 
     @field_validator("checkpoint_dir")
@@ -170,15 +206,20 @@ class Settings(BaseModel):
 
     def model_post_init(self, context: Any, /) -> None:
         """Checks what no field can check alone."""
-        if self.dit_checkpoint and len(self.dit_checkpoint) != self.served_model.num_experts:
+        model = self.served_model
+        if self.dit_checkpoint and len(self.models) > 1:
+            raise Misconfigured(
+                f"{PREFIX}DIT_CHECKPOINT names the files of one model, and {len(self.models)} are served"
+            )
+        if self.dit_checkpoint and len(self.dit_checkpoint) != model.num_experts:
             raise Misconfigured(
                 f"{PREFIX}DIT_CHECKPOINT names {len(self.dit_checkpoint)} file(s): "
-                f"{self.model} has {self.served_model.num_experts} expert(s), each its own file, separated by ':'"
+                f"{model.name} has {model.num_experts} expert(s), each its own file, separated by ':'"
             )
-        if self.weights == "checkpoint" and not self.served_model.embedded and self.checkpoint_dir is None:
+        if self.weights == "checkpoint" and not model.embedded and self.checkpoint_dir is None:
             raise Misconfigured(
-                f"{PREFIX}CHECKPOINT_DIR is not set: {self.model} needs the folder of its published weight files "
-                f"(`turbodiffusion-server weights {self.model}` lists them)"
+                f"{PREFIX}CHECKPOINT_DIR is not set: {model.name} needs the folder of its published weight files "
+                f"(`turbodiffusion-server weights {model.name}` lists them)"
             )
 
     @property
@@ -192,9 +233,21 @@ class Settings(BaseModel):
         return str(Path(state).expanduser() / "turbodiffusion" / "jobs")
 
     @property
+    def served_models(self) -> tuple[ModelConfig, ...]:
+        """The configurations of all models to serve; they share text encoder and VAE."""
+        return tuple(find_model(name) for name in self.models)
+
+    @property
+    def ensembles(self) -> dict[str, ModelConfig]:
+        """The models by the name of their ensemble."""
+        if self.ensemble:
+            return {self.ensemble: self.served_model}
+        return name_ensembles(self.served_models)
+
+    @property
     def served_model(self) -> ModelConfig:
-        """The configuration of the model to serve."""
-        return find_model(self.model)
+        """The first of them: the only one in a process that runs a denoiser."""
+        return self.served_models[0]
 
     @property
     def device(self) -> torch.device:
@@ -265,7 +318,7 @@ def list_variables() -> Iterator[Variable]:
             name=PREFIX + key.upper(),
             field=field,
             key=key,
-            default=_format(info.default),
+            default=_format(field, info.default),
             description=info.description or "",
         )
 
@@ -300,8 +353,8 @@ def available_processors() -> int:
 
 def _parse(field: str, value: str) -> object:
     """Shapes the fields that a plain string does not fit; the rest is validated as it is."""
-    if field == "dit_checkpoint":
-        return [part for part in value.split(":") if part]
+    if field in _SEPARATORS:
+        return [part.strip() for part in value.split(_SEPARATORS[field]) if part.strip()]
     if Settings.model_fields[field].annotation is bool:
         lowered = value.lower()
         if lowered in (*_TRUE, *_FALSE):
@@ -309,13 +362,13 @@ def _parse(field: str, value: str) -> object:
     return value
 
 
-def _format(value: object) -> str:
+def _format(field: str, value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
-        return ":".join(str(part) for part in value)
+        return _SEPARATORS[field].join(str(part) for part in value)
     return str(value)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,23 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from turbo_backend.errors import InvalidArgument, TurboError
+from turbo_backend.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger(__name__)
+
+
+def read_settings(args: Mapping[str, str]) -> Settings:
+    """The environment's settings, except for what the model's own `parameters { key: "TURBO_..." }` say.
+
+    Args:
+        args: of `TritonPythonModel.initialize`.
+    """
+    parameters = json.loads(args["model_config"]).get("parameters", {})
+    own = {key: value["string_value"] for key, value in parameters.items() if key.startswith(PREFIX)}
+    return Settings.from_environment({**os.environ, **own})
 
 
 def read_scalar(request: Any, name: str) -> object | None:
@@ -242,8 +255,8 @@ class Counter:
         self._label = label
         self._metrics: dict[str, Any] = {}
 
-    def increment(self, value: str) -> None:
-        """Adds one to the count of that label value."""
+    def increment(self, value: str, amount: float = 1) -> None:
+        """Adds to the count of that label value."""
         if value not in self._metrics:
             self._metrics[value] = self._family.Metric(labels={self._label: value})
-        self._metrics[value].increment(1)
+        self._metrics[value].increment(amount)

@@ -30,6 +30,7 @@ def test_settings_survive_the_environment(tmp_path: Path) -> None:
     low.touch()
     environment = {
         "TURBO_MODEL": "Wan2.2-A14B",
+        "TURBO_ENSEMBLE": "image_to_video_a14b",
         "TURBO_CHECKPOINT_DIR": str(tmp_path),
         "TURBO_DIT_CHECKPOINT": f"{high}:{low}",
         "TURBO_WEIGHTS": "random",
@@ -58,6 +59,10 @@ def test_booleans_are_read_in_their_usual_spellings(text: str, value: bool) -> N
 @pytest.mark.parametrize(
     ("name", "value", "fits"),
     [
+        ("TURBO_MODEL", "tiny,tiny", "each model once"),
+        ("TURBO_MODEL", "tiny,Wan2.1-1.3B", "models with the same text encoder and VAE, unlike tiny and Wan2.1-1.3B"),
+        ("TURBO_MODEL", ",", "one of tiny, tiny-I2V, Wan2.1-1.3B, Wan2.1-14B, Wan2.2-A14B"),
+        ("TURBO_ENSEMBLE", "Video 2", "lower-case letters, digits and _"),
         ("TURBO_MODEL", "Wan9", "one of tiny, tiny-I2V, Wan2.1-1.3B, Wan2.1-14B, Wan2.2-A14B"),
         ("TURBO_CHECKPOINT_DIR", "/nowhere/at/all", "an existing folder"),
         ("TURBO_DIT_CHECKPOINT", "/nowhere/a.pth", "existing files (/nowhere/a.pth is not there)"),
@@ -100,6 +105,17 @@ def test_explicit_files_must_match_the_experts(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(Misconfigured, match=r"names 2 file\(s\): tiny has 1 expert"):
         Settings.from_environment({"TURBO_DIT_CHECKPOINT": f"{file}:{file}"})
+
+
+def test_several_models_are_separated_by_commas(tmp_path: Path) -> None:
+    settings = Settings.from_environment({"TURBO_MODEL": "tiny, tiny-I2V"})
+    assert settings.served_models == (MODELS["tiny"], MODELS["tiny-I2V"])
+    assert settings.served_model is MODELS["tiny"]
+    assert settings.to_environment() == {"TURBO_MODEL": "tiny,tiny-I2V"}
+    file = tmp_path / "net.pth"
+    file.touch()
+    with pytest.raises(Misconfigured, match="TURBO_DIT_CHECKPOINT names the files of one model, and 2 are served"):
+        Settings.from_environment({"TURBO_MODEL": "tiny,tiny-I2V", "TURBO_DIT_CHECKPOINT": str(file)})
 
 
 def test_views_resolve_for_the_cpu() -> None:

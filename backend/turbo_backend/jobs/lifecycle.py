@@ -32,7 +32,7 @@ class JobsLifecycle:
         settings: the server's.
         generate: runs one job.
         cancels: the server's cancellations.
-        count: told of each `resume` and `cancel`.
+        count: told of each `resume` and `cancel` and of the job's ensemble.
         observe: told of the runner about once a second, for metrics.
     """
 
@@ -41,7 +41,7 @@ class JobsLifecycle:
         settings: Settings,
         generate: Generate,
         cancels: Cancellations,
-        count: Callable[[str], None],
+        count: Callable[[str, str], None],
         observe: Callable[[JobRunner], None],
     ) -> None:
         self._location = settings.job_store_location

@@ -71,11 +71,11 @@ class JobRunner:
         generate: runs one job.
         cancels: how a running one is told to end.
         limits: the deployment's.
-        count: told of each `resume` and `cancel`, for metrics.
+        count: told of each `resume` and `cancel` and of the job's ensemble, for metrics.
     """
 
     def __init__(
-        self, store: JobStore, generate: Generate, cancels: Cancels, limits: Limits, count: Callable[[str], None]
+        self, store: JobStore, generate: Generate, cancels: Cancels, limits: Limits, count: Callable[[str, str], None]
     ) -> None:
         self.watching = Watching(store.start)
         self._store = store
@@ -157,7 +157,7 @@ class JobRunner:
             elif not job.state.is_final:
                 job = self._store.change(job_id, state=JobState.CANCELLED)
                 self._queue.remove(job_id)
-                self._count("cancel")
+                self._count("cancel", job.request.model)
             return job
 
     def resume(self, job_id: str) -> Job:
@@ -176,7 +176,7 @@ class JobRunner:
                     ended_age=None,
                 )
                 self._enqueue(changed)
-                self._count("resume")
+                self._count("resume", job.request.model)
             return self.get(job_id)
 
     def delete(self, job_id: str) -> Job:
@@ -244,7 +244,7 @@ class JobRunner:
                 )
                 if goes_on:
                     self._queue.put(job.request)
-                    self._count("resume")
+                    self._count("resume", job.request.model)
                 else:
                     _log.warning("job %s was interrupted (attempt %d) and waits for `resume`", job.job_id, attempts)
 
@@ -322,7 +322,7 @@ class JobRunner:
                 self._store.change(job_id, state=JobState.FAILED, error_code=failure.code, error=failure.message)
             else:
                 self._store.change(job_id, state=JobState.CANCELLED)
-                self._count("cancel")
+                self._count("cancel", job.request.model)
             self._queue.remove(job_id)
 
     def _put_back(self, job: Job, reason: str) -> None:

@@ -45,7 +45,7 @@ class Call:
         operation: submit, status, watch, result, list, cancel, cancel_request, resume or delete.
         job_id: absent for list, and for a submission without an id of its own.
         cursor: the last event that a watcher saw, or the last sequence number of the page before.
-        model: ensemble of a submission; absent for the one that the server has.
+        model: ensemble of a submission; absent for `text_to_video`, or `image_to_video` with an image.
         prompt, image, values: of a submission, as the ensembles take them.
         parameters: request parameters of a submission, on delivery and scheduling.
     """
@@ -85,15 +85,15 @@ class JobService:
 
     Args:
         runner: of the jobs, or raises why there is none.
-        model: the network served.
+        models: the networks served, by the name of their ensemble.
         cancel_request: ends a request that is no job, by its id.
     """
 
     def __init__(
-        self, runner: Callable[[], JobRunner], model: ModelConfig, cancel_request: Callable[[str], None]
+        self, runner: Callable[[], JobRunner], models: Mapping[str, ModelConfig], cancel_request: Callable[[str], None]
     ) -> None:
         self._runner = runner
-        self._model = model
+        self._models = models
         self._cancel_request = cancel_request
         self._operations: dict[str, Callable[[Call], Answer]] = {
             "submit": self._submit,
@@ -123,7 +123,7 @@ class JobService:
         return replace(answer, latest=[watching.latest(job.job_id) for job in answer.jobs])
 
     def _submit(self, call: Call) -> Answer:
-        request = make_request(self._model, call)
+        request = make_request(self._models, call)
         return Answer(jobs=[self._runner().submit(request, call.image)])
 
     def _watch(self, call: Call) -> Answer:
@@ -146,15 +146,17 @@ class JobService:
         return Answer()
 
 
-def make_request(model: ModelConfig, call: Call) -> JobRequest:
+def make_request(models: Mapping[str, ModelConfig], call: Call) -> JobRequest:
     """What a submission asks for, checked as the ensemble would, every default filled in.
 
     Raises:
         InvalidArgument: naming the field, its value and what fits.
     """
     job_id = draw_job_id() if call.job_id is None else check_job_id(call.job_id)
-    if call.model not in (None, model.ensemble):
-        raise InvalidArgument("MODEL", call.model, f"{model.ensemble}, which this server has")
+    ensemble = call.model or ("text_to_video" if call.image is None else "image_to_video")
+    model = models.get(ensemble)
+    if model is None:
+        raise InvalidArgument("MODEL", ensemble, f"an ensemble that this server has: {', '.join(models)}")
     if call.prompt is None or not call.prompt.strip():
         raise InvalidArgument("PROMPT", call.prompt, "a description of the video, not empty")
     if len(call.prompt.encode("utf-8")) > MAX_PROMPT_BYTES:
@@ -176,13 +178,13 @@ def make_request(model: ModelConfig, call: Call) -> JobRequest:
         job_id=job_id,
         token=secrets.token_hex(8),
         sequence=0,
-        model=model.ensemble,
+        model=ensemble,
         values=values,
         image_sha256=image_sha256,
         fps=delivery.fps,
         preview=delivery.preview,
         priority_level=scheduling.priority_level,
-        identity=identify(model.ensemble, asked, image_sha256, delivery.fps),
+        identity=identify(ensemble, asked, image_sha256, delivery.fps),
         submitted_at=0.0,
     )
 

@@ -67,7 +67,9 @@ def serve_command(
         list[str] | None,
         typer.Argument(metavar="[-- TRITON OPTIONS]", help="More options of tritonserver, after `--`."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Model to serve [TURBO_MODEL].")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Model to serve [TURBO_MODEL]; give it again for another one.")
+    ] = None,
     checkpoint_dir: Annotated[
         Path | None, typer.Option(help="Folder of the published weight files [TURBO_CHECKPOINT_DIR].")
     ] = None,
@@ -113,7 +115,7 @@ def serve_command(
     if triton_options and not triton_options[0].startswith("--"):
         raise typer.BadParameter(f"unexpected {triton_options[0]!r}; options of tritonserver come after `--`")
     given = {
-        "TURBO_MODEL": model,
+        "TURBO_MODEL": ",".join(model) if model else None,
         "TURBO_CHECKPOINT_DIR": None if checkpoint_dir is None else str(checkpoint_dir.resolve()),
         "TURBO_DEVICE": device,
         "TURBO_ATTENTION_PROVIDER": attention_provider,
@@ -141,7 +143,7 @@ def serve_command(
         exit_timeout=exit_timeout,
         restarts=max_restarts if restart else 0,
     )
-    raise typer.Exit(serve(server, settings.model))
+    raise typer.Exit(serve(server, ",".join(settings.models)))
 
 
 def _choose_automatically(given: dict[str, str]) -> dict[str, str]:

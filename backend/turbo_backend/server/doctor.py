@@ -223,7 +223,7 @@ def _check_settings(environ: Mapping[str, str], would_use: dict[str, str]) -> It
     settings = Settings.from_environment(environ)
     device, dtype, provider = settings.device, settings.dtype, settings.provider
     would_use.update(
-        model=settings.model,
+        model=",".join(settings.models),
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         attention_provider=provider,
@@ -233,7 +233,7 @@ def _check_settings(environ: Mapping[str, str], would_use: dict[str, str]) -> It
     chosen = ", ".join(f"{name}={value}" for name, value in settings.to_environment().items())
     yield Finding(name="settings", state="ok", detail=chosen or "all at their defaults")
     if not settings.served_model.embedded and device.type == "cpu":
-        detail = f"{settings.model} on a CPU takes hours for a video"
+        detail = f"{settings.served_model.name} on a CPU takes hours for a video"
         yield Finding(name="settings", state="warning", detail=detail)
 
 
@@ -244,13 +244,12 @@ def _check_weights(settings: Settings) -> Iterator[Finding]:
         return
     from turbo_backend.checkpoints import find_files, tiny_checkpoint_folder
 
-    folder = settings.checkpoint_dir or tiny_checkpoint_folder(settings.served_model)
-    files = find_files(
-        settings.served_model, folder, quant_linear=settings.quant_linear, dit=settings.dit_checkpoint or None
-    )
-    names = (*files.dit, files.text_encoder, files.vae)
-    detail = ", ".join(f"{path.name} ({path.stat().st_size / 2**20:,.0f} MiB)" for path in names)
-    yield Finding(name="weights", state="ok", detail=f"{folder}: {detail}")
+    for model in settings.served_models:
+        folder = settings.checkpoint_dir or tiny_checkpoint_folder(model)
+        files = find_files(model, folder, quant_linear=settings.quant_linear, dit=settings.dit_checkpoint or None)
+        names = (*files.dit, files.text_encoder, files.vae)
+        detail = ", ".join(f"{path.name} ({path.stat().st_size / 2**20:,.0f} MiB)" for path in names)
+        yield Finding(name="weights", state="ok", detail=f"{folder}: {detail}")
 
 
 def _check_providers(settings: Settings) -> Iterator[Finding]:

@@ -380,12 +380,12 @@ class TritonServer:
         self.pid = int(first_line)
 
     def _served_repository(self) -> Path:
-        """The repository as given, or what the network of the settings takes of the committed one."""
+        """The repository as given, or what the networks of the settings take of the committed one."""
         if not self._renders:
             return self.model_repository
         assert self._folder is not None
         settings = Settings.from_environment({**os.environ, **self._environment})
-        return render_repository(self.model_repository, settings.served_model, self._folder / FOLDER_NAME)
+        return render_repository(self.model_repository, settings.served_models, self._folder / FOLDER_NAME)
 
     def _server_options(self, repository: Path, backends: Path) -> list[str]:
         http_port, grpc_port, metrics_port = self._ports

@@ -70,7 +70,6 @@ class DenoiserStage:
         max_queue_size: most requests that are held, waiting and running; more are refused.
         cancellations: where requests are given up; None where nobody can.
         store: where the steps of durable requests are kept; None keeps none.
-        count: takes what `COUNTERS` lists.
         clock: seconds, for deadlines and times.
     """
 
@@ -89,13 +88,12 @@ class DenoiserStage:
         max_queue_size: int = 64,
         cancellations: Cancellations | None = None,
         store: StepStore | None = None,
-        count: Count | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device = device
         self._cancellations = cancellations
         self._writer = None if store is None else StepWriter(store)
-        self._count = count
+        self._count: Count | None = None
         self._clock = clock
         self._admission = Admission(model, device=device, dtype=dtype, provider=provider)
         self._sampling = Sampling(experts, model.dit.out_channels, device=device, dtype=dtype, provider=provider)
@@ -120,8 +118,13 @@ class DenoiserStage:
         self._turns: threading.Thread | None = None
         self._is_closing = False
 
-    def start(self) -> None:
-        """Lets threads take the turns and give the answers; `denoise` is of no use from then on."""
+    def start(self, count: Count | None = None) -> None:
+        """Lets threads take the turns and give the answers; `denoise` is of no use from then on.
+
+        Args:
+            count: takes what `COUNTERS` lists, in the thread that gives answers.
+        """
+        self._count = count
         self._answers.start()
         self._turns = threading.Thread(target=self._take_turns, name="denoiser-turns")
         self._turns.start()

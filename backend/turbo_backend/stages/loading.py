@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
+from turbo_backend.cancellation import Cancellations
 from turbo_backend.checkpoints import (
     Checkpoint,
     DenoiserLayout,
@@ -25,6 +26,7 @@ from turbo_backend.checkpoints import (
 )
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import Misconfigured, TurboError
+from turbo_backend.manifest import device_name, versions
 from turbo_backend.memory import free_bytes
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
@@ -35,6 +37,7 @@ from turbo_backend.stages.denoiser import DenoiserStage
 from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest
 from turbo_backend.stages.experts import Experts, ResidentExperts, SwappedExperts
 from turbo_backend.stages.image_encoder import ImageEncoderStage
+from turbo_backend.stages.step_store import StepStore
 from turbo_backend.stages.text_encoder import TextEncoderStage
 from turbo_backend.stages.vae_decoder import DecodeRequest, VAEDecoderStage
 from turbo_backend.tokenizer import Tokenizer
@@ -94,8 +97,18 @@ def load_image_encoder(settings: Settings) -> ImageEncoderStage:
     return stage
 
 
-def load_denoiser(settings: Settings) -> DenoiserStage:
+def load_denoiser(
+    settings: Settings,
+    *,
+    cancellations: Cancellations | None = None,
+    open_store: Callable[[Mapping[str, object]], StepStore | None] | None = None,
+) -> DenoiserStage:
     """The denoiser stage, its kernels checked, loaded and warm.
+
+    Args:
+        cancellations: where its requests are given up.
+        open_store: gives the place where the steps of durable requests are kept, from all that decides their bits
+            besides a request; None where none are kept.
 
     Raises:
         Misconfigured: the chosen kernels give wrong numbers on this machine.
@@ -109,20 +122,35 @@ def load_denoiser(settings: Settings) -> DenoiserStage:
     layout = DenoiserLayout(model.dit, quant_linear=settings.quant_linear)
     paths = files.dit if files else (None,) * model.num_experts
     experts, fingerprint = _load_experts(layout, paths, settings)
+    decisive: dict[str, object] = {
+        "model": model.name,
+        "checkpoint_dir": str(settings.checkpoint_dir),
+        "weights": fingerprint,
+        "linear_kind": experts.select(0).linear_kind,
+        "provider": settings.provider,
+        "dtype": str(settings.dtype),
+        "device": device_name(settings.device),
+        "versions": versions(),
+    }
+    # On a GPU a sample's bits depend on how many share its products; on a CPU they do not.
+    shares_forwards = settings.device.type == "cpu" or not settings.batch_invariant
     stage = DenoiserStage(
         experts,
         model,
         device=settings.device,
         dtype=settings.dtype,
         provider=settings.provider,
-        max_batch_size=settings.max_batch_size,
+        max_batch_size=settings.max_batch_size if shares_forwards else 1,
         max_batch_tokens=_GPU_BATCH_TOKENS if settings.device.type == "cuda" else _CPU_BATCH_TOKENS,
         fingerprint=fingerprint,
         identity={
-            "ensemble": model.ensemble,
+            "ensemble": settings.ensemble or model.ensemble,
             "linear_kind": experts.select(0).linear_kind,
             "self_check": "passed",
         },
+        max_queue_size=settings.max_queue_size,
+        cancellations=cancellations,
+        store=None if open_store is None else open_store(decisive),
     )
     _warm_denoiser(stage, model)
     return stage
@@ -160,12 +188,12 @@ def _load_experts(layout: DenoiserLayout, paths: Sequence[Path | None], settings
     return experts, " ".join(fingerprints)
 
 
-def load_vae_decoder(settings: Settings) -> VAEDecoderStage:
-    """The VAE decoder stage, loaded and warm."""
+def load_vae_decoder(settings: Settings, *, cancellations: Cancellations | None = None) -> VAEDecoderStage:
+    """The VAE decoder stage, loaded and warm; `cancellations` as for the denoiser."""
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
     vae, fingerprint = _load(VAELayout(model.vae), files.vae if files else None, settings)
-    stage = VAEDecoderStage(vae, max_batch_pixels=_BATCH_PIXELS, fingerprint=fingerprint)
+    stage = VAEDecoderStage(vae, max_batch_pixels=_BATCH_PIXELS, fingerprint=fingerprint, cancellations=cancellations)
     _, h, w = _warm_shape(model)
     request = DecodeRequest(
         latents=torch.zeros(model.vae.z_dim, 2, h, w),
@@ -235,14 +263,14 @@ def _warm_shape(model: ModelConfig) -> tuple[int, int, int]:
 
 
 def _warm_denoiser(stage: DenoiserStage, model: ModelConfig) -> None:
-    """One short request of each attention type at the default size."""
+    """One short request of each attention type at the default size; the second step is measured, for predictions."""
     _, h, w = _warm_shape(model)
     image_latents = torch.zeros(model.dit.in_channels - model.dit.out_channels, 3, h, w) if model.takes_image else None
     for attention_type in ("original", "sla", "sagesla"):
         request = DenoiseRequest(
             text_embeddings=torch.zeros(model.dit.text_len, model.dit.text_dim),
             text_length=8,
-            values={"NUM_STEPS": 1, "NUM_FRAMES": 9, "ATTENTION_TYPE": attention_type, "SEED": 1},
+            values={"NUM_STEPS": 2, "NUM_FRAMES": 9, "ATTENTION_TYPE": attention_type, "SEED": 1},
             report={"stages": {}},
             image_latents=image_latents,
             preview=True,

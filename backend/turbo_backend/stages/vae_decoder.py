@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from turbo_backend.errors import InvalidArgument, TurboError
+from turbo_backend.cancellation import Cancellations
+from turbo_backend.errors import Cancelled, InvalidArgument, TurboError
 from turbo_backend.manifest import make_manifest
 from turbo_backend.memory import as_turbo_error
 from turbo_backend.nets.vae import WanVAE
@@ -24,11 +26,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeRequest:
-    """Finished latents `[16, T, h, w]` float32 and the denoiser's report on them."""
+    """Finished latents `[16, T, h, w]` float32, the denoiser's report on them, and what it is cancelled by."""
 
     latents: torch.Tensor
     report: Mapping[str, object]
     delivery: Delivery
+    cancel_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,11 @@ class DecodedVideo:
     frames: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
 
 
+#: What became of the request with that index.
+_Update: TypeAlias = "tuple[int, DecodedChunk | DecodedVideo | TurboError]"
+_Updates: TypeAlias = "Generator[_Update, None, None]"
+
+
 class VAEDecoderStage:
     """Decodes groups of requests that share a latent shape.
 
@@ -56,12 +64,16 @@ class VAEDecoderStage:
         vae: network on its device, in its dtype.
         max_batch_pixels: most pixels (frames x height x width, all members) that one batch may decode together.
         fingerprint: of the weights, for the report.
+        cancellations: where requests are given up; None where nobody can.
     """
 
-    def __init__(self, vae: WanVAE, *, max_batch_pixels: int, fingerprint: str) -> None:
+    def __init__(
+        self, vae: WanVAE, *, max_batch_pixels: int, fingerprint: str, cancellations: Cancellations | None = None
+    ) -> None:
         self._vae = vae
         self._fingerprint = fingerprint
         self._max_batch_pixels = max_batch_pixels
+        self._cancellations = cancellations
 
     @torch.inference_mode()
     def preview(self, latents: torch.Tensor) -> bytes:
@@ -69,9 +81,7 @@ class VAEDecoderStage:
         frames_BCFHW = self._vae.decode_frame(self._to_device(latents[None]))
         return encode_jpeg(to_uint8(frames_BCFHW)[0, 0].cpu().numpy())
 
-    def decode(
-        self, requests: Sequence[DecodeRequest]
-    ) -> Iterator[tuple[int, DecodedChunk | DecodedVideo | TurboError]]:
+    def decode(self, requests: Sequence[DecodeRequest]) -> Iterator[_Update]:
         """Decodes a batch; yields (index, update), for each request ending in a video or an error."""
         groups: dict[torch.Size, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
@@ -83,12 +93,37 @@ class VAEDecoderStage:
             _, t, h, w = shape
             at_once = max(1, self._max_batch_pixels // ((4 * t - 3) * h * w * 64))
             for first in range(0, len(members), at_once):
-                indices = members[first : first + at_once]
-                yield from self._decode_group(indices, [requests[index] for index in indices])
+                group = {index: requests[index] for index in members[first : first + at_once]}
+                yield from self._heed_cancellations(group, self._decode_group(list(group), list(group.values())))
 
-    def _decode_group(
-        self, indices: Sequence[int], requests: Sequence[DecodeRequest]
-    ) -> Iterator[tuple[int, DecodedChunk | DecodedVideo | TurboError]]:
+    def is_cancelled(self, request: DecodeRequest) -> bool:
+        """Whether a request has been given up."""
+        cancellations = self._cancellations
+        return cancellations is not None and any(map(cancellations.is_requested, request.cancel_keys))
+
+    def _heed_cancellations(
+        self, group: Mapping[int, DecodeRequest], updates: Generator[_Update, None, None]
+    ) -> Iterator[_Update]:
+        """The updates of a group, without those of its cancelled members; decoding stops when none other is left."""
+        live = dict(group)
+        while live:
+            for index in [index for index, request in live.items() if self.is_cancelled(request)]:
+                self._forget(live.pop(index))
+                yield index, Cancelled("the request was cancelled while its video was decoded")
+            if live:
+                index, update = next(updates)
+                if index in live:
+                    if not isinstance(update, DecodedChunk):
+                        self._forget(live.pop(index))
+                    yield index, update
+        updates.close()
+
+    def _forget(self, request: DecodeRequest) -> None:
+        """Removes the cancellations of a request that has ended."""
+        if self._cancellations is not None:
+            self._cancellations.forget(*request.cancel_keys)
+
+    def _decode_group(self, indices: Sequence[int], requests: Sequence[DecodeRequest]) -> _Updates:
         sinks: list[_VideoSink] = []
         started = time.perf_counter()
         num_chunks = requests[0].latents.shape[1]
@@ -101,6 +136,10 @@ class VAEDecoderStage:
                         sink.add(frames_FHWC)
                     for index in indices:
                         yield index, DecodedChunk(step=chunk, step_count=num_chunks)
+        except GeneratorExit:  # all were cancelled
+            for sink in sinks:
+                sink.abandon()
+            raise
         except Exception as error:
             for sink in sinks:
                 sink.abandon()

@@ -1,13 +1,18 @@
 """Triton adapter of the denoiser: text embeddings and parameters -> one response a step, latents with the last."""
 
+from functools import partial
+
 import torch
 
 from turbo_backend import triton_adapter as triton
-from turbo_backend.errors import TurboError
+from turbo_backend.cancellation import Cancellations
+from turbo_backend.errors import Cancelled, TurboError
+from turbo_backend.jobs.steps import open_step_files
 from turbo_backend.manifest import merge_reports
-from turbo_backend.parameters import make_delivery
-from turbo_backend.settings import Settings
-from turbo_backend.stages.denoiser import DenoiseRequest
+from turbo_backend.memory import as_turbo_error
+from turbo_backend.parameters import make_delivery, make_scheduling
+from turbo_backend.stages.denoiser import COUNTERS
+from turbo_backend.stages.denoiser_request import DenoiseRequest
 from turbo_backend.stages.loading import load_denoiser
 
 #: Optional inputs, checked by the stage.
@@ -30,40 +35,61 @@ EMPTY_LATENTS = torch.empty(16, 0, 0, 0)
 
 class TritonPythonModel:
     def initialize(self, args):
-        self._stage = load_denoiser(Settings.from_environment())
+        self._cancellations = Cancellations.of_server()
+        settings = triton.read_settings(args)
+        self._stage = load_denoiser(
+            settings, cancellations=self._cancellations, open_store=partial(open_step_files, settings)
+        )
+        counters = {name: triton.Counter(name, *about) for name, about in COUNTERS.items()}
+        self._stage.start(count=lambda name, label, amount: counters[name].increment(label, amount))
 
     def execute(self, requests):
-        senders = [request.get_response_sender() for request in requests]
-        ids = [request.request_id() for request in requests]
-        for index, update in self._stage.denoise([self._read(request) for request in requests]):
-            if isinstance(update, TurboError):
-                triton.send(senders[index], triton.error_response(update, ids[index]), final=True)
-            else:
-                triton.send(senders[index], self._respond(update), final=update.report is not None)
+        """Hands the requests over; they are answered as their steps are done."""
+        for request in requests:
+            answer = partial(self._answer, request.get_response_sender(), request.request_id())
+            try:
+                self._stage.submit(self._read(request), answer)
+            except Exception as error:
+                answer(as_turbo_error(error, "denoiser"))
+
+    def finalize(self):
+        self._stage.close()
+        self._cancellations.close()
 
     def _read(self, request):
-        try:
-            values = {name: triton.read_scalar(request, name) for name in FIELDS}
-            reports = [triton.read_json(request, name) for name in ("TEXT_REPORT", "IMAGE_REPORT")]
-            return DenoiseRequest(
-                text_embeddings=triton.read_tensor(request, "TEXT_EMBEDDINGS"),
-                text_length=triton.read_scalar(request, "TEXT_LENGTH"),
-                values={name: value for name, value in values.items() if value is not None},
-                report=merge_reports(*[report for report in reports if report is not None]),
-                image_latents=triton.read_optional_tensor(request, "IMAGE_LATENTS"),
-                preview=make_delivery(triton.read_parameters(request)).preview,
-            )
-        except TurboError as error:
-            return error
-
-    def _respond(self, update):
-        def or_empty(latents):
-            return EMPTY_LATENTS if latents is None else latents
-
-        return triton.response(
-            triton.write_integer("STEP", update.step),
-            triton.write_integer("STEP_COUNT", update.step_count),
-            triton.write_tensor("PREVIEW_LATENTS", or_empty(update.preview_latents)),
-            triton.write_tensor("LATENTS", or_empty(update.latents)),
-            triton.write_json("DENOISER_REPORT", update.report or {}),
+        if request.is_cancelled():
+            raise Cancelled("the request was cancelled before its first step")
+        values = {name: triton.read_scalar(request, name) for name in FIELDS}
+        reports = [triton.read_json(request, name) for name in ("TEXT_REPORT", "IMAGE_REPORT")]
+        image_latents = triton.read_optional_tensor(request, "IMAGE_LATENTS")
+        parameters = triton.read_parameters(request)
+        return DenoiseRequest(  # the request's memory ends with execute
+            text_embeddings=triton.read_tensor(request, "TEXT_EMBEDDINGS").clone(),
+            text_length=triton.read_scalar(request, "TEXT_LENGTH"),
+            values={name: value for name, value in values.items() if value is not None},
+            report=merge_reports(*[report for report in reports if report is not None]),
+            image_latents=None if image_latents is None else image_latents.clone(),
+            preview=make_delivery(parameters).preview,
+            request_id=request.request_id(),
+            scheduling=make_scheduling(parameters),
         )
+
+    def _answer(self, sender, request_id, update):
+        if isinstance(update, TurboError):
+            triton.send(sender, triton.error_response(update, request_id), final=True)
+        else:
+            triton.send(sender, _respond(update), final=update.report is not None)
+
+
+def _respond(update):
+    def or_empty(latents):
+        return EMPTY_LATENTS if latents is None else latents
+
+    return triton.response(
+        triton.write_integer("STEP", update.step),
+        triton.write_integer("STEP_COUNT", update.step_count),
+        triton.write_bytes("CANCEL_TOKEN", update.cancel_token),
+        triton.write_tensor("PREVIEW_LATENTS", or_empty(update.preview_latents)),
+        triton.write_tensor("LATENTS", or_empty(update.latents)),
+        triton.write_json("DENOISER_REPORT", update.report or {}),
+    )

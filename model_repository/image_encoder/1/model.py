@@ -2,7 +2,6 @@
 
 from turbo_backend import triton_adapter as triton
 from turbo_backend.errors import TurboError
-from turbo_backend.settings import Settings
 from turbo_backend.stages.image_encoder import ImageRequest
 from turbo_backend.stages.loading import load_image_encoder
 
@@ -25,7 +24,7 @@ FIELDS = (
 
 class TritonPythonModel:
     def initialize(self, args):
-        self._stage = load_image_encoder(Settings.from_environment())
+        self._stage = load_image_encoder(triton.read_settings(args))
         self._lookups = triton.Counter(
             "turbo_image_cache_lookups", "Images looked up in the cache of image latents, by outcome", "outcome"
         )

@@ -29,18 +29,18 @@ class TritonPythonModel:
     def initialize(self, args):
         settings = Settings.from_environment()
         self._counters = {
-            "resume": triton.Counter("turbo_job_resumes_total", "Jobs that went on after an interruption", "model"),
-            "cancel": triton.Counter("turbo_job_cancels_total", "Jobs that were cancelled", "model"),
+            "resume": triton.Counter("turbo_job_resumes", "Jobs that went on after an interruption", "ensemble"),
+            "cancel": triton.Counter("turbo_job_cancels", "Jobs that were cancelled", "ensemble"),
         }
         self._by_state = triton.Gauge("turbo_jobs", "Jobs in the store", "state")
         self._bytes = triton.Gauge("turbo_job_store_bytes", "Bytes that the jobs take in the store")
         self._cancellations = Cancellations.of_server()
 
-        def count(what):
-            self._counters[what].increment(settings.served_model.ensemble)
+        def count(what, ensemble):
+            self._counters[what].increment(ensemble)
 
         self._lifecycle = JobsLifecycle(settings, generate, self._cancellations, count, self._observe)
-        self._service = JobService(self._lifecycle.runner, settings.served_model, self._cancellations.request)
+        self._service = JobService(self._lifecycle.runner, settings.ensembles, self._cancellations.request)
 
     def execute(self, requests):
         return [self._answer(request) for request in requests]

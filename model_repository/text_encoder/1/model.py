@@ -4,13 +4,12 @@ import torch
 
 from turbo_backend import triton_adapter as triton
 from turbo_backend.errors import TurboError
-from turbo_backend.settings import Settings
 from turbo_backend.stages.loading import load_text_encoder
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        self._stage = load_text_encoder(Settings.from_environment())
+        self._stage = load_text_encoder(triton.read_settings(args))
 
     def execute(self, requests):
         prompts = [self._read(request) for request in requests]

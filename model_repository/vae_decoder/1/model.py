@@ -7,10 +7,10 @@ import threading
 import numpy as np
 
 from turbo_backend import triton_adapter as triton
-from turbo_backend.errors import TurboError
+from turbo_backend.cancellation import Cancellations
+from turbo_backend.errors import Cancelled, TurboError
 from turbo_backend.memory import as_turbo_error
 from turbo_backend.parameters import make_delivery
-from turbo_backend.settings import Settings
 from turbo_backend.stages.loading import load_vae_decoder
 from turbo_backend.stages.vae_decoder import DecodedChunk, DecodeRequest
 
@@ -19,7 +19,8 @@ NO_FRAMES = np.empty((0, 0, 0, 3), np.uint8)
 
 class TritonPythonModel:
     def initialize(self, args):
-        self._stage = load_vae_decoder(Settings.from_environment())
+        self._cancellations = Cancellations.of_server()
+        self._stage = load_vae_decoder(triton.read_settings(args), cancellations=self._cancellations)
         self._queue = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._decode_forever, name="vae-decoder")
         self._worker.start()
@@ -29,6 +30,7 @@ class TritonPythonModel:
         for request in requests:
             sender, request_id = request.get_response_sender(), request.request_id()
             try:
+                self._heed_disconnect(request)
                 latents = triton.read_tensor(request, "LATENTS")
                 has_latents = latents.shape[1] > 0
                 triton.send(sender, self._pass_progress_through(request), final=not has_latents)
@@ -43,6 +45,13 @@ class TritonPythonModel:
     def finalize(self):
         self._queue.put(None)
         self._worker.join()
+        self._cancellations.close()
+
+    def _heed_disconnect(self, request):
+        """Ends a request whose caller is gone, which Triton tells only the models that it calls from then on."""
+        if request.is_cancelled():
+            self._cancellations.request(triton.read_scalar(request, "CANCEL_TOKEN"))
+            raise Cancelled("the caller is gone")
 
     def _pass_progress_through(self, request):
         preview_latents = triton.read_tensor(request, "PREVIEW_LATENTS")
@@ -56,6 +65,7 @@ class TritonPythonModel:
             latents=latents.clone(),  # the request's memory ends with execute
             report={"request_id": request.request_id(), **report},
             delivery=make_delivery(triton.read_parameters(request)),
+            cancel_keys=(triton.read_scalar(request, "CANCEL_TOKEN"), request.request_id()),
         )
 
     def _decode_forever(self):
