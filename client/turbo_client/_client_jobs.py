@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from turbo_client._errors import TurboDiffusionError, UnavailableError, UnreachableError
+from turbo_client._errors import InternalError, TurboDiffusionError, UnavailableError, UnreachableError
 from turbo_client._generation import Progress
 from turbo_client._jobs import JobsAnswer, JobStatus, decode_answer, encode_call
 from turbo_client._requests import GenerationRequest
@@ -46,7 +46,7 @@ class Jobs:
             attempt += 1
             try:
                 return self._send(message).job
-            except (UnreachableError, UnavailableError):
+            except (UnreachableError, UnavailableError, InternalError):
                 if attempt >= self._client.retries.max_attempts:
                     raise
             time.sleep(self._client.retries.delay(attempt))

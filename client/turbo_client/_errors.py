@@ -147,6 +147,8 @@ STATUS_ERRORS: dict[grpc.StatusCode, type[APIError]] = {
 MESSAGE_ERRORS: tuple[tuple[re.Pattern[str], type[APIError]], ...] = (
     (re.compile(r"\[RESOURCE_EXHAUSTED\]"), ResourceExhaustedError),
     (re.compile(r"Request for unknown model: .* is not found", re.DOTALL), NotFoundError),
+    # Known, but unloaded: the server is stopping.
+    (re.compile(r"Request for unknown model: .* has no available versions", re.DOTALL), UnavailableError),
     (
         re.compile(r"(\[request id: [^]]*\] )?(expected number of inputs|unexpected inference input)"),
         InvalidArgumentError,

@@ -17,6 +17,7 @@ import numpy as np
 from turbo_client._errors import (
     CancelledError,
     DeadlineExceededError,
+    InternalError,
     MalformedResponseError,
     RpcStatus,
     TurboDiffusionError,
@@ -200,6 +201,8 @@ class Wait:
 
     #: Seconds between two calls: at first, and at most.
     _POLL = (0.1, 1.0)
+    #: Failed calls in a row after which an INTERNAL is believed.
+    _MAX_INTERNAL = 10
 
     def __init__(
         self,
@@ -267,7 +270,9 @@ class Wait:
         Raises:
             TurboDiffusionError: any other.
         """
-        if not isinstance(error, (UnreachableError, UnavailableError, DeadlineExceededError)):
+        patient = isinstance(error, (UnreachableError, UnavailableError, DeadlineExceededError))
+        # A model process that died answers INTERNAL until the launcher has started the server anew.
+        if not patient and not (isinstance(error, InternalError) and self._failures < self._MAX_INTERNAL):
             raise error
         self._failures, self._reason = self._failures + 1, f": {error.message}"
         self._poll = self._retries.delay(self._failures)

@@ -7,13 +7,13 @@ from enum import Enum
 
 #: Answers about the request itself: the same request would get them again.
 _REFUSALS = ("INVALID_ARG", "NOT_FOUND", "UNSUPPORTED", "ALREADY_EXISTS")
-#: Triton's words for a model process that died, or a server that is stopping: no answer about the request at all.
-_SERVER_TROUBLE = re.compile(
-    r"Stub process .* is not healthy|has stopped accepting new inference requests|is not ready"
-)
-#: A full queue empties; attempts against memory that is short, or a stage that fails, are counted.
+#: A full queue empties.
 _QUEUE_FULL = re.compile(r"\[RESOURCE_EXHAUSTED\] \d+ requests wait or run already")
-MAX_FAILURES = 3
+#: Where a stage itself failed, or memory was short, the same may well happen again. Whatever else Triton says, while
+#: its processes die or it stops, is no answer about the request; it has many words for that.
+_OWN = re.compile(r"\[RESOURCE_EXHAUSTED\]|\(request \S+\)$")
+MAX_OWN_FAILURES = 3
+MAX_FAILURES = 30
 
 
 class AttemptFailed(Exception):
@@ -44,6 +44,7 @@ def judge(failure: AttemptFailed, *, failures: int) -> Verdict:
         return Verdict.CANCEL
     if failure.code in _REFUSALS:
         return Verdict.FAIL
-    if _SERVER_TROUBLE.search(failure.message) or _QUEUE_FULL.search(failure.message):
+    if _QUEUE_FULL.search(failure.message):
         return Verdict.RETRY
-    return Verdict.RETRY if failures + 1 < MAX_FAILURES else Verdict.FAIL
+    limit = MAX_OWN_FAILURES if _OWN.search(failure.message) else MAX_FAILURES
+    return Verdict.RETRY if failures + 1 < limit else Verdict.FAIL
