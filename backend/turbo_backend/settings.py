@@ -95,9 +95,7 @@ class Settings(BaseModel):
         description="Where a model's two experts are: both on the GPU (`resident`), one there and both in page-locked "
         "host memory (`swapped`), or `auto`: both where they fit.",
     )
-    max_batch_size: int = Field(
-        8, ge=1, le=8, description="Largest batch a stage runs at once; config.pbtxt admits up to 8."
-    )
+    max_batch_size: int = Field(8, ge=1, le=8, description="Largest batch a stage runs at once.")
     batch_invariant: bool = Field(
         True,
         description="Give a request the same latents, bit for bit, whatever runs beside it: on a GPU each step of each "

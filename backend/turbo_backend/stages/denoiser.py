@@ -230,6 +230,7 @@ class DenoiserStage:
             milliseconds = self._queue.end_turn(running)
             self._add("turbo_denoiser_steps", str(len(steps)))
             self._add("turbo_denoiser_step_milliseconds", str(len(steps)), milliseconds)
+            self._sweep()  # who was cancelled meanwhile is told so, and of no further step
             for run, step in zip(running.runs, steps, strict=True):
                 self._tell_step(run, step)
 
@@ -285,6 +286,8 @@ class DenoiserStage:
             self._end(run, reason)
 
     def _tell_step(self, run: Run, step: HostStep) -> None:
+        if run not in self._queue:
+            return
         if step.state is not None and self._writer is not None:
             self._writer.save(run.request.request_id, run.sample.step, step.state)
         if step.latents is not None:

@@ -53,6 +53,9 @@ class DenoiserQueue:
     def __len__(self) -> int:
         return len(self._runs)
 
+    def __contains__(self, run: Run) -> bool:
+        return run.task in self._runs
+
     @property
     def is_running(self) -> bool:
         """Whether a turn has begun and not ended."""

@@ -1,14 +1,13 @@
 """Triton adapter of the VAE decoder: progress passes through at once, latents are decoded in a worker thread."""
 
 import json
-import queue
 import threading
 
 import numpy as np
 
 from turbo_backend import triton_adapter as triton
 from turbo_backend.cancellation import Cancellations
-from turbo_backend.errors import Cancelled, TurboError
+from turbo_backend.errors import TurboError
 from turbo_backend.memory import as_turbo_error
 from turbo_backend.parameters import make_delivery
 from turbo_backend.stages.loading import load_vae_decoder
@@ -21,37 +20,37 @@ class TritonPythonModel:
     def initialize(self, args):
         self._cancellations = Cancellations.of_server()
         self._stage = load_vae_decoder(triton.read_settings(args), cancellations=self._cancellations)
-        self._queue = queue.SimpleQueue()
+        self._waiting = []
+        self._changed = threading.Condition()
+        self._is_closing = False
         self._worker = threading.Thread(target=self._decode_forever, name="vae-decoder")
         self._worker.start()
 
     def execute(self, requests):
-        waiting = []
         for request in requests:
             sender, request_id = request.get_response_sender(), request.request_id()
             try:
-                self._heed_disconnect(request)
                 latents = triton.read_tensor(request, "LATENTS")
-                has_latents = latents.shape[1] > 0
-                triton.send(sender, self._pass_progress_through(request), final=not has_latents)
-                if has_latents:
-                    waiting.append((sender, request_id, self._read(request, latents)))
+                is_last = latents.shape[1] > 0
+                # Triton tells that a caller is gone to the models that it calls from then on, which is this one alone.
+                is_cancelled = request.is_cancelled()
+                triton.send(sender, self._pass_progress_through(request), final=not is_last)
+                if is_cancelled:  # filed last: Triton 2.51 never releases an ensemble that fails while a step runs
+                    self._cancellations.request(triton.read_scalar(request, "CANCEL_TOKEN"))
+                if is_last:
+                    with self._changed:
+                        self._waiting.append((sender, request_id, self._read(request, latents)))
+                        self._changed.notify()
             except Exception as error:
                 response = triton.error_response(as_turbo_error(error, "vae_decoder"), request_id)
                 triton.send(sender, response, final=True)
-        if waiting:
-            self._queue.put(waiting)
 
     def finalize(self):
-        self._queue.put(None)
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
         self._worker.join()
         self._cancellations.close()
-
-    def _heed_disconnect(self, request):
-        """Ends a request whose caller is gone, which Triton tells only the models that it calls from then on."""
-        if request.is_cancelled():
-            self._cancellations.request(triton.read_scalar(request, "CANCEL_TOKEN"))
-            raise Cancelled("the caller is gone")
 
     def _pass_progress_through(self, request):
         preview_latents = triton.read_tensor(request, "PREVIEW_LATENTS")
@@ -69,7 +68,7 @@ class TritonPythonModel:
         )
 
     def _decode_forever(self):
-        while (batch := self._queue.get()) is not None:
+        while batch := self._take_waiting():
             waiting = dict(enumerate(batch))
             try:
                 self._decode(batch, waiting)
@@ -77,6 +76,13 @@ class TritonPythonModel:
                 told = as_turbo_error(error, "vae_decoder")
                 for sender, request_id, _ in waiting.values():
                     triton.send(sender, triton.error_response(told, request_id), final=True)
+
+    def _take_waiting(self):
+        """All that wait; nothing at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_closing)
+            batch, self._waiting = self._waiting, []
+            return batch
 
     def _decode(self, batch, waiting):
         """Decodes a batch; a request leaves `waiting` just before its final response."""
