@@ -19,6 +19,7 @@ DEADLINE_EXCEEDED, so those classes answer UNAVAILABLE and begin their message w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -105,3 +106,16 @@ class Misconfigured(TurboError):
     """The server's own settings or installation cannot work."""
 
     code: ClassVar[str] = "UNAVAILABLE"
+
+
+def error_to_report(error: TurboError, message: str | None = None) -> dict[str, object]:
+    """An error as a stage passes it on in place of its report, in other words where it is told some."""
+    return {"error": {"code": error.code, "message": message or str(error)}}
+
+
+def raise_reported(report: Mapping[str, object]) -> None:
+    """Raises the error that the stage before passed on, if it did."""
+    told = report.get("error")
+    if isinstance(told, Mapping):
+        kinds = {kind.code: kind for kind in (TurboError, Cancelled, Unavailable)}
+        raise kinds.get(str(told.get("code")), TurboError)(str(told.get("message")))

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from turbo_backend.errors import InvalidArgument, TurboError
+from turbo_backend.errors import InvalidArgument, TurboError, error_to_report
 from turbo_backend.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
@@ -160,13 +159,43 @@ def write_json(name: str, value: Mapping[str, object]) -> Any:
     return write_bytes(name, json.dumps(value, ensure_ascii=False))
 
 
+def explain(error: TurboError, request_id: str) -> str:
+    """What a caller is told of an error; what nobody foresaw is logged and names the request."""
+    if error.code != "INTERNAL":
+        return str(error)
+    _log.error("request %s: %s", request_id or "without id", error)
+    return f"{error} (request {request_id or 'without id'})"
+
+
 def error_response(error: TurboError, request_id: str) -> Any:
-    """The response that ends a request with `error`; what nobody foresaw names the request."""
-    message = str(error)
-    if error.code == "INTERNAL":
-        _log.error("request %s: %s", request_id or "without id", message)
-        message = f"{message} (request {request_id or 'without id'})"
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, error.code)))
+    """The response that ends a request with `error`."""
+    status = getattr(pb_utils.TritonError, error.code)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(explain(error, request_id), status))
+
+
+def make_failure(request: Any, sender: Any, as_output: Callable[..., Any]) -> Callable[[TurboError], None]:
+    """What ends a request of an ensemble's last model with an error.
+
+    Args:
+        as_output: makes the response with `report=` that says so to a job; jobs cannot take an error as such, see
+            `call_model`.
+    """
+    request_id, for_job = request.request_id(), is_durable(request)
+
+    def fail(error: TurboError) -> None:
+        if for_job:
+            report = error_to_report(error, explain(error, request_id))
+            answer = as_output(report=json.dumps(report, ensure_ascii=False))
+        else:
+            answer = error_response(error, request_id)
+        send(sender, answer, final=True)
+
+    return fail
+
+
+def is_durable(request: Any) -> bool:
+    """Whether the request is that of a job."""
+    return read_parameters(request).get("durable") is True
 
 
 def send(sender: Any, answer: Any, *, final: bool) -> None:
@@ -178,26 +207,16 @@ def response(*tensors: Any) -> Any:
     return pb_utils.InferenceResponse(list(tensors))
 
 
-@dataclass(frozen=True, slots=True)
-class CallError:
-    """How a model that was called here answered instead.
-
-    Attributes:
-        code: name of Triton's status, such as `INVALID_ARG`.
-        message: its words.
-    """
-
-    code: str
-    message: str
-
-
 def call_model(
     model: str, inputs: Sequence[Any], outputs: Sequence[str], request_id: str, parameters: Mapping[str, object]
-) -> Iterator[dict[str, Any] | CallError]:
+) -> Iterator[dict[str, Any] | str]:
     """Calls a decoupled model of this server, from any thread: one dict of `[1, 1]` outputs for each response.
 
+    A stub of Triton 2.51 waits for ever once an error follows another response: what is called here sends the errors of
+    such requests as outputs. It also knows no error's status.
+
     Yields:
-        Each output's one value by name, bytes or a Python scalar; a `CallError` where the model answered with one.
+        Each output's one value by name, bytes or a Python scalar; the message where the model answered with an error.
     """
     request = pb_utils.InferenceRequest(
         model_name=model,
@@ -208,16 +227,10 @@ def call_model(
     )
     for answer in request.exec(decoupled=True):
         if answer.has_error():
-            error = answer.error()
-            yield CallError(_code_names().get(error.code(), "UNKNOWN"), error.message())
+            yield str(answer.error().message())
         elif answer.output_tensors():  # the final response of a stream may be empty
             values = {tensor.name(): tensor.as_numpy().reshape(-1)[0] for tensor in answer.output_tensors()}
             yield {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
-
-
-def _code_names() -> dict[object, str]:
-    kinds = ("UNKNOWN", "INTERNAL", "NOT_FOUND", "INVALID_ARG", "UNAVAILABLE", "UNSUPPORTED", "ALREADY_EXISTS")
-    return {getattr(pb_utils.TritonError, name): name for name in (*kinds, "CANCELLED")}
 
 
 class Gauge:

@@ -7,6 +7,8 @@ server itself has to be started anew, which is the launcher's to do, and the job
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 
 from turbo_backend import triton_adapter as triton
@@ -14,6 +16,8 @@ from turbo_backend.jobs.outcome import AttemptFailed
 from turbo_backend.jobs.records import JobRequest
 from turbo_backend.jobs.runner import Update
 
+#: How an InvalidArgument of the first stages reads, whose status Triton loses on the way.
+_REFUSAL = re.compile(r"[A-Z_]+ = .*: must be ", re.DOTALL)
 _OUTPUTS = ("STAGE", "STEP", "STEP_COUNT", "PREVIEW", "VIDEO", "REPORT")
 
 
@@ -33,14 +37,23 @@ def generate(request: JobRequest, image: bytes | None) -> Iterator[Update]:
         "priority_level": request.priority_level,
         "durable": True,
     }
+    failure = None
     for answer in triton.call_model(request.model, inputs, _OUTPUTS, request.request_id, parameters):
-        if isinstance(answer, triton.CallError):
-            raise AttemptFailed(answer.code, answer.message)
+        if isinstance(answer, str):
+            failure = AttemptFailed("INVALID_ARG" if _REFUSAL.search(answer) else "INTERNAL", answer)
+            continue  # a stub whose answers are not taken to the end hangs
+        stage = answer["STAGE"].decode("utf-8")
+        if stage == "error":
+            error = json.loads(answer["REPORT"])["error"]
+            failure = AttemptFailed(error["code"], error["message"])
+            continue
         yield Update(
-            stage=answer["STAGE"].decode("utf-8"),
+            stage=stage,
             step=answer["STEP"],
             step_count=answer["STEP_COUNT"],
             preview=answer["PREVIEW"],
             video=answer["VIDEO"],
             report=answer["REPORT"].decode("utf-8"),
         )
+    if failure is not None:
+        raise failure
