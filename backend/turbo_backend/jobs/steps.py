@@ -40,7 +40,7 @@ class StepFiles:
     def __init__(self, storage: Storage, identity: Mapping[str, object]) -> None:
         self._storage = storage
         self._identity = json.loads(json.dumps(dict(identity)))
-        self._known = ""
+        self._known: str | None = None
 
     def save(self, request_id: str, step: int, state: torch.Tensor) -> None:
         """Keeps the float64 state on the CPU after `step` finished steps.

@@ -64,8 +64,6 @@ _START_ATTEMPTS = 5
 _CANCELLATIONS = "cancellations"
 #: How long it takes at most to see that nothing is in flight.
 _IDLE_LOOK_SECONDS = 0.65
-#: What requests in flight may still take when a model process has died: Triton would never end by itself then.
-_RESTART_GRACE_SECONDS = 5.0
 _TAIL_BYTES = 1 << 16
 _TAIL_LINES = 30
 _TAIL_WIDTH = 400
@@ -93,6 +91,8 @@ class TritonServer:
         exit_timeout: seconds that requests in flight may hold up a stop.
         restarts: how often in ten minutes the server is restarted, on the same ports, when it or one of its model
             processes dies; at the next death it ends for good. Absent: nobody looks, and Triton stays as it is.
+        restart_grace: seconds that requests in flight may still take when a model process has died: Triton would never
+            end by itself then.
 
     Attributes:
         grpc_url, http_url, metrics_url: where it listens; gRPC as `host:port`, the others with scheme.
@@ -117,6 +117,7 @@ class TritonServer:
         ready_timeout: float = 600.0,
         exit_timeout: float = 30.0,
         restarts: int | None = None,
+        restart_grace: float = 5.0,
     ) -> None:
         _check_options(options)
         if log_to_stderr and log_path is not None:
@@ -138,6 +139,7 @@ class TritonServer:
         self._ready_timeout = ready_timeout
         self._exit_timeout = exit_timeout
         self._restarts = restarts
+        self._restart_grace = restart_grace
         self._watchdog: Watchdog | None = None
         self._stopping = threading.Event()
         self._models: ModelProcesses | None = None
@@ -201,7 +203,7 @@ class TritonServer:
             return
 
         def restart() -> None:
-            self._end(_RESTART_GRACE_SECONDS)
+            self._end(self._restart_grace)
             self._start_once(self._ports)
             if on_ready is not None:
                 on_ready()
@@ -275,7 +277,7 @@ class TritonServer:
         return self._models.find_dead()
 
     def _give_up(self) -> None:
-        self._final_code = self._end(_RESTART_GRACE_SECONDS)
+        self._final_code = self._end(self._restart_grace)
 
     def _start_once(self, ports: tuple[int, ...]) -> None:
         installation = self._installation or find_triton()
