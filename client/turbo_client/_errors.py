@@ -143,6 +143,9 @@ STATUS_ERRORS: dict[grpc.StatusCode, type[APIError]] = {
     grpc.StatusCode.UNIMPLEMENTED: UnimplementedError,
 }
 
+#: What Triton puts before the message of a model that an ensemble called.
+_IN_ENSEMBLE = re.compile(r"^in ensemble '[^']*', ")
+
 #: Triton's own status says too little for these, so their messages decide, whatever the status.
 MESSAGE_ERRORS: tuple[tuple[re.Pattern[str], type[APIError]], ...] = (
     (re.compile(r"\[RESOURCE_EXHAUSTED\]"), ResourceExhaustedError),
@@ -173,7 +176,7 @@ class RpcStatus:
 def error_from_status(status: RpcStatus, *, request_id: str | None = None) -> TurboDiffusionError:
     """The typed error of a status. UNAVAILABLE becomes UnavailableError; only the caller can tell it from a
     broken connection, because gRPC reports both alike."""
-    message = status.details or f"the server answered {status.code.name} without a message"
+    message = _IN_ENSEMBLE.sub("", status.details) or f"the server answered {status.code.name} without a message"
     if status.code is grpc.StatusCode.DEADLINE_EXCEEDED or message.startswith("[DEADLINE_EXCEEDED]"):
         return DeadlineExceededError(message, request_id=request_id)
     for pattern, kind in MESSAGE_ERRORS:

@@ -27,6 +27,8 @@ def test_every_status_has_a_typed_error(code: grpc.StatusCode) -> None:
     ("code", "message", "kind"),
     [
         (grpc.StatusCode.UNAVAILABLE, "[RESOURCE_EXHAUSTED] 81 frames need 30 GB", sdk.ResourceExhaustedError),
+        (grpc.StatusCode.UNAVAILABLE, "in ensemble 'a', [RESOURCE_EXHAUSTED] 2 wait", sdk.ResourceExhaustedError),
+        (grpc.StatusCode.UNAVAILABLE, "in ensemble 'a', [DEADLINE_EXCEEDED] too late", sdk.DeadlineExceededError),
         (grpc.StatusCode.UNKNOWN, "Request for unknown model: 'a' is not found", sdk.NotFoundError),
         (grpc.StatusCode.UNAVAILABLE, "Request for unknown model: 'a' has no available versions", sdk.UnavailableError),
         (grpc.StatusCode.UNAVAILABLE, "This protocol is restricted, expecting header 'x'", sdk.PermissionDeniedError),

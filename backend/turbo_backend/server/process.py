@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from turbo_backend import cancellation
+from turbo_backend.cancellation import FOLDER_VARIABLE, STOPPING, Cancellations
 from turbo_backend.errors import Misconfigured
 from turbo_backend.server import supervisor
 from turbo_backend.server.backend_directory import (
@@ -160,6 +160,12 @@ class TritonServer:
     @property
     def metrics_url(self) -> str:
         return f"http://{_address(self.host, self._ports[2])}/metrics"
+
+    @property
+    def cancellations(self) -> Cancellations:
+        """Where requests of the running server are given up, by their id."""
+        assert self._folder is not None
+        return Cancellations(self._folder / _CANCELLATIONS)
 
     @property
     def shm_prefix(self) -> str:
@@ -305,9 +311,8 @@ class TritonServer:
 
     def _end_jobs(self) -> None:
         """Tells the jobs that the server stops: they go on with its next start, and need not be waited for."""
-        assert self._folder is not None
         with contextlib.suppress(OSError):  # on a full disk they are waited for
-            cancellation.Cancellations(self._folder / _CANCELLATIONS).request(cancellation.STOPPING)
+            self.cancellations.request(STOPPING)
 
     def _drain(self, seconds: float) -> None:
         """Begins the stop and returns when what is in flight has ended; see `turbo_backend.server.drain`."""
@@ -358,7 +363,7 @@ class TritonServer:
         self._folder = Path(tempfile.mkdtemp(prefix=f"{self._server_id}-"))
         backends = assemble_backend_directory(installation, self._folder)
         environment = server_environment(installation, self._folder, {**os.environ, **self._environment})
-        environment[cancellation.FOLDER_VARIABLE] = str(self._folder / _CANCELLATIONS)
+        environment[FOLDER_VARIABLE] = str(self._folder / _CANCELLATIONS)
         ours, theirs = socket.socketpair()
         arguments = [
             sys.executable, "-I", "-S", supervisor.__file__,

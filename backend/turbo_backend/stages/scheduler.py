@@ -15,13 +15,13 @@ Beside the first, a turn takes those that can share its forward: the same shape,
 less urgent; at which of their steps they are does not matter.
 
 Where changing experts costs something, requests of one level stay with the expert that is loaded while it has work,
-for at most eight turns while another waits; a more urgent level changes it at once.
+for at most eight turns while another waits; a more urgent level changes it at once, but for a change that is under way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 #: Of so many turns, one belongs to whoever arrived first.
@@ -76,11 +76,13 @@ class _History:
         num_turns: turns taken so far.
         expert: the one that is loaded.
         held: turns it has taken on end while another was waited for.
+        promised: the one that is brought in behind the last turn, if that is another; it takes the next turn.
     """
 
     num_turns: int = 0
     expert: int = 0
     held: int = 0
+    promised: int | None = None
 
 
 class StepScheduler:
@@ -125,8 +127,8 @@ class StepScheduler:
         after = _advanced(self._steps, tasks)
         upcoming = self._choose(after, self._history)[0] if after else []
         next_expert = self._expert(upcoming[0], after) if upcoming else 0
-        if next_expert != self._history.expert:  # it is brought in behind this turn
-            self._history = _History(num_turns=self._history.num_turns, expert=next_expert)
+        if next_expert != self._history.expert:
+            self._history = replace(self._history, promised=next_expert)
         return Turn(
             tasks=tuple(tasks),
             expert=self._expert(tasks[0], self._steps),
@@ -194,13 +196,19 @@ class StepScheduler:
         tasks = list(steps)
         if self._switch_is_free:
             return tasks, 0
-        here = [task for task in tasks if self._expert(task, steps) == history.expert]
-        elsewhere = [task for task in tasks if self._expert(task, steps) != history.expert]
+        current = history.expert
+        if any(self._expert(task, steps) == history.promised for task in tasks):
+            assert history.promised is not None
+            current = history.promised
+        here = [task for task in tasks if self._expert(task, steps) == current]
+        elsewhere = [task for task in tasks if self._expert(task, steps) != current]
         if not here or not elsewhere:
             return tasks, 0
+        if current == history.promised:
+            return here, 1
         most_urgent = min(task.priority_level for task in tasks)
         if all(task.priority_level > most_urgent for task in here) or history.held == _MAX_TURNS_HELD:
-            return elsewhere, 0
+            return elsewhere, 1
         return here, history.held + 1
 
     def _expert(self, task: Task, steps: _Steps) -> int:
