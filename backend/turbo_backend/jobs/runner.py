@@ -187,7 +187,7 @@ class JobRunner:
         """
         with self._changed:
             job = self.get(job_id)
-            if job_id in self._running or job.state in (JobState.QUEUED, JobState.RUNNING):
+            if job.state in (JobState.QUEUED, JobState.RUNNING):
                 raise Unavailable(f"job {job_id!r} is {job.state.value}: cancel it first")
             self._store.remove(job_id)
             self.watching.forget(job_id)
@@ -249,6 +249,7 @@ class JobRunner:
                     _log.warning("job %s was interrupted (attempt %d) and waits for `resume`", job.job_id, attempts)
 
     def _enqueue(self, job: Job) -> None:
+        self._cancelling.discard(job.job_id)
         self._cancels.forget(job.request.request_id)
         self._queue.put(job.request)
         self._changed.notify()
@@ -261,10 +262,7 @@ class JobRunner:
                 _log.exception("job %s is tried again", job.job_id)
                 self._put_back(job, str(error))
             finally:
-                with self._changed:
-                    self._running.pop(job.job_id, None)
-                    self._cancelling.discard(job.job_id)
-                    self._cancels.forget(job.request.request_id)
+                self._leave(job)
 
     def _take(self) -> Job | None:
         """The next job, marked as running; None once the runner stops."""
@@ -282,7 +280,7 @@ class JobRunner:
         """One attempt."""
         job_id = job.job_id
         try:
-            job = self._store.change(
+            self._store.change(
                 job_id,
                 state=JobState.RUNNING,
                 attempts=job.progress.attempts + 1,
@@ -306,6 +304,14 @@ class JobRunner:
             with self._changed:
                 self._queue.remove(job_id)
 
+    def _leave(self, job: Job) -> None:
+        """Ends an attempt, with the cancellation that was meant for it; another thread may run the job again already."""
+        with self._changed:
+            if self._running.get(job.job_id) is job:
+                del self._running[job.job_id]
+                self._cancelling.discard(job.job_id)
+                self._cancels.forget(job.request.request_id)
+
     def _judge(self, job: Job, failure: AttemptFailed) -> None:
         job_id = job.job_id
         with self._changed:
@@ -328,6 +334,7 @@ class JobRunner:
     def _put_back(self, job: Job, reason: str) -> None:
         """Lets a job wait and run again. Its file goes on saying that it runs, should it not take another state now."""
         with self._changed:
+            self._leave(job)
             self._queue.put_back(job.request)
             try:
                 self._store.change(job.job_id, state=JobState.QUEUED, attempts=0, error=reason)
@@ -360,9 +367,8 @@ class JobRunner:
                 max_bytes=self._limits.max_bytes - wanted,
             )
             for job_id in expired:
-                if job_id not in self._running:
-                    self._store.remove(job_id)
-                    self.watching.forget(job_id)
+                self._store.remove(job_id)
+                self.watching.forget(job_id)
 
 
 def draw_job_id() -> str:

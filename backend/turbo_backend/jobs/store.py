@@ -139,6 +139,8 @@ class JobStore:
         self._storage.write(f"jobs/{job_id}/report.json", report.encode("utf-8"))
         self._storage.write(f"jobs/{job_id}/video.mp4", video)
         checksum = hashlib.sha256(video).hexdigest()
+        with self._lock:
+            self._sizes[job_id] += len(video) + len(report)
         job = self.change(
             job_id,
             state=JobState.DONE,
@@ -147,8 +149,6 @@ class JobStore:
             error_code="",
             error="",
         )
-        with self._lock:
-            self._sizes[job_id] += len(video) + len(report)
         try:
             self._storage.delete(f"{STEPS}/{job.request.request_id}")
         except TurboError as error:  # retention will try again
