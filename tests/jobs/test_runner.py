@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from turbo_backend.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted, TurboError, Unavailable
+from turbo_backend.jobs.names import step_name
 from turbo_backend.jobs.outcome import MAX_FAILURES, MAX_OWN_FAILURES, AttemptFailed, Verdict, judge
 from turbo_backend.jobs.queue import OVERTAKING, JobQueue
 from turbo_backend.jobs.records import Job, JobRequest, JobState
 from turbo_backend.jobs.runner import JobRunner, Limits, Update
 from turbo_backend.jobs.service import Call, JobService
-from turbo_backend.jobs.steps import step_name
 from turbo_backend.jobs.storage import Storage
 from turbo_backend.jobs.store import JobStore
 

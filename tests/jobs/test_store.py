@@ -11,19 +11,18 @@ import pytest
 import torch
 
 from turbo_backend.errors import TurboError
+from turbo_backend.jobs.names import check_job_id, finished_steps, request_name, step_name
 from turbo_backend.jobs.records import (
     Corrupt,
     Job,
     JobProgress,
     JobRequest,
     JobState,
-    check_job_id,
-    request_name,
     seal,
     unseal,
 )
 from turbo_backend.jobs.retention import choose_expired
-from turbo_backend.jobs.steps import StepFiles, finished_steps, step_name
+from turbo_backend.jobs.steps import StepFiles
 from turbo_backend.jobs.storage import Folder, Storage
 from turbo_backend.jobs.store import JobStore
 

@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
-from turbo_backend.errors import InvalidArgument
-
 #: Raised when a file changes its meaning.
 _VERSION = 1
-_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_TOKEN = re.compile(r"[0-9a-f]{16}")
 _SEAL = b"\nsha256 "
 
 _Record = TypeVar("_Record", "JobRequest", "JobProgress")
@@ -45,7 +40,7 @@ class JobRequest:
     """What a job asks for.
 
     Attributes:
-        job_id: the client's or drawn, see `check_job_id`.
+        job_id: the client's or drawn, see `turbo_backend.jobs.names`.
         token: drawn at submission; tells this job from an earlier one of the same id in every other file's name.
         sequence: number of the job in this store, in the order of submission.
         model: ensemble to run.
@@ -127,28 +122,6 @@ class Job:
 
 class Corrupt(Exception):
     """A file does not hold what was written to it."""
-
-
-def check_job_id(value: object) -> str:
-    """A job's id as given.
-
-    Raises:
-        InvalidArgument: it could not name a file everywhere.
-    """
-    if not isinstance(value, str) or not _JOB_ID.fullmatch(value):
-        raise InvalidArgument("JOB_ID", value, "1 to 64 letters, digits, '-' and '_', the first a letter or digit")
-    return value
-
-
-def request_name(job_id: str) -> str:
-    """Name of the file that holds what a job asks for; the job exists once this file does."""
-    return f"jobs/{job_id}/request"
-
-
-def job_of_request(request_id: str) -> str:
-    """The job that a request to the ensemble runs, by the request's id; empty where no job's request has that id."""
-    job_id, _, token = request_id.partition(".")
-    return job_id if _JOB_ID.fullmatch(job_id) and _TOKEN.fullmatch(token) else ""
 
 
 def identify(model: str, values: Mapping[str, object], image_sha256: str | None, fps: int) -> str:

@@ -305,7 +305,7 @@ class JobRunner:
                 self._queue.remove(job_id)
 
     def _leave(self, job: Job) -> None:
-        """Ends an attempt, with the cancellation that was meant for it; another thread may run the job again already."""
+        """Ends an attempt, with the cancellation that was meant for it; another thread may run the job again by now."""
         with self._changed:
             if self._running.get(job.job_id) is job:
                 del self._running[job.job_id]

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import InvalidArgument
-from turbo_backend.jobs.records import Job, JobRequest, check_job_id, identify
+from turbo_backend.jobs.names import check_job_id
+from turbo_backend.jobs.records import Job, JobRequest, identify
 from turbo_backend.jobs.runner import JobRunner, draw_job_id
 from turbo_backend.jobs.watching import Event
 from turbo_backend.parameters import (

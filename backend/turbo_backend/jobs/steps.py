@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from turbo_backend.errors import TurboError
-from turbo_backend.jobs.records import JobRequest, job_of_request, request_name, unseal
+from turbo_backend.jobs.names import finished_steps, job_of_request, request_name, step_name
+from turbo_backend.jobs.records import JobRequest, unseal
 from turbo_backend.jobs.storage import Storage, open_storage
 from turbo_backend.settings import Settings
 
 _log = logging.getLogger(__name__)
 
-FOLDER = "steps"
 _MAGIC = b"TDSTEP1\n"
 _LENGTH = struct.Struct("<I")
 _KEPT = 2
@@ -85,16 +85,6 @@ def open_step_files(settings: Settings, identity: Mapping[str, object]) -> StepF
     """Where the denoiser keeps the steps of jobs; None for a server without jobs."""
     location = settings.job_store_location
     return None if location is None else StepFiles(open_storage(location), identity)
-
-
-def step_name(request_id: str, step: int) -> str:
-    return f"{FOLDER}/{request_id}/{step}"
-
-
-def finished_steps(storage: Storage, request_id: str) -> list[int]:
-    """Numbers of the steps kept of a request, ascending."""
-    names = storage.sizes(f"{FOLDER}/{request_id}")
-    return sorted(int(name.rpartition("/")[2]) for name in names if name.rpartition("/")[2].isdecimal())
 
 
 def _pack(identity: Mapping[str, object], step: int, state: torch.Tensor) -> bytes:

@@ -25,19 +25,16 @@ from collections.abc import Callable
 from typing import Any
 
 from turbo_backend.errors import TurboError
+from turbo_backend.jobs.names import JOBS, STEPS, finished_steps, job_folder, job_of_request, request_name, step_folder
 from turbo_backend.jobs.records import (
     Corrupt,
     Job,
     JobProgress,
     JobRequest,
     JobState,
-    job_of_request,
-    request_name,
     seal,
     unseal,
 )
-from turbo_backend.jobs.steps import FOLDER as STEPS
-from turbo_backend.jobs.steps import finished_steps
 from turbo_backend.jobs.storage import Storage
 
 _log = logging.getLogger(__name__)
@@ -71,12 +68,12 @@ class JobStore:
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}
         storage.clean()
-        names = storage.sizes("jobs")
+        names = storage.sizes(JOBS)
         for job_id in sorted({name.split("/")[1] for name in names}):
             if request_name(job_id) in names:
                 self._jobs[job_id] = self._load(job_id)
             else:  # submitting it was cut short, so nobody was told that it exists
-                storage.delete(f"jobs/{job_id}")
+                storage.delete(job_folder(job_id))
         self._next_sequence = 1 + max((job.request.sequence for job in self._jobs.values()), default=0)
         ages = [job.progress.ended_age or 0.0 for job in self._jobs.values()]
         self._first_age = max([self._stored_number("age"), *ages]) - monotonic()
@@ -115,7 +112,7 @@ class JobStore:
         with self._lock:
             job = Job(dataclasses.replace(request, sequence=self._next_sequence, submitted_at=self._clock()))
             if image is not None:
-                self._storage.write(f"jobs/{job.job_id}/image", image)
+                self._storage.write(f"{job_folder(job.job_id)}/image", image)
             content = seal(job.request)
             self._storage.write(request_name(job.job_id), content)
             self._next_sequence += 1
@@ -130,14 +127,14 @@ class JobStore:
             progress = dataclasses.replace(job.progress, **changes)
             if progress.state.is_final and not job.state.is_final:
                 progress = dataclasses.replace(progress, ended_at=self._clock(), ended_age=self.age)
-            self._storage.write(f"jobs/{job_id}/progress", seal(progress))
+            self._storage.write(f"{job_folder(job_id)}/progress", seal(progress))
             changed = self._jobs[job_id] = Job(job.request, progress)
             return changed
 
     def finish(self, job_id: str, video: bytes, report: str) -> Job:
         """Keeps a job's result, then says that it is done; its steps are no longer needed."""
-        self._storage.write(f"jobs/{job_id}/report.json", report.encode("utf-8"))
-        self._storage.write(f"jobs/{job_id}/video.mp4", video)
+        self._storage.write(f"{job_folder(job_id)}/report.json", report.encode("utf-8"))
+        self._storage.write(f"{job_folder(job_id)}/video.mp4", video)
         checksum = hashlib.sha256(video).hexdigest()
         with self._lock:
             self._sizes[job_id] += len(video) + len(report)
@@ -150,7 +147,7 @@ class JobStore:
             error="",
         )
         try:
-            self._storage.delete(f"{STEPS}/{job.request.request_id}")
+            self._storage.delete(step_folder(job.request.request_id))
         except TurboError as error:  # retention will try again
             _log.warning("the steps of finished job %s stay for now: %s", job_id, error)
         return job
@@ -161,8 +158,8 @@ class JobStore:
         Raises:
             Corrupt: they are not what was stored.
         """
-        video = self._storage.read(f"jobs/{job.job_id}/video.mp4")
-        report = self._storage.read(f"jobs/{job.job_id}/report.json")
+        video = self._storage.read(f"{job_folder(job.job_id)}/video.mp4")
+        report = self._storage.read(f"{job_folder(job.job_id)}/report.json")
         if video is None or report is None or hashlib.sha256(video).hexdigest() != job.progress.video_sha256:
             raise Corrupt("the stored video is gone or damaged")
         return video, report.decode("utf-8")
@@ -175,7 +172,7 @@ class JobStore:
         """
         if job.request.image_sha256 is None:
             return None
-        image = self._storage.read(f"jobs/{job.job_id}/image")
+        image = self._storage.read(f"{job_folder(job.job_id)}/image")
         if image is None or hashlib.sha256(image).hexdigest() != job.request.image_sha256:
             raise Corrupt("the stored image is gone or damaged")
         return image
@@ -187,8 +184,8 @@ class JobStore:
             self._storage.delete(request_name(job_id))
             del self._jobs[job_id]
             self._sizes.pop(job_id, None)
-        self._storage.delete(f"jobs/{job_id}")
-        self._storage.delete(f"{STEPS}/{job.request.request_id}")
+        self._storage.delete(job_folder(job_id))
+        self._storage.delete(step_folder(job.request.request_id))
 
     def finished_steps(self, job: Job) -> int:
         """Denoising steps of a job that are kept."""
@@ -201,7 +198,7 @@ class JobStore:
         for request_id in {name.split("/")[1] for name in self._storage.sizes(STEPS)} - known:
             job = self.get(job_of_request(request_id))
             if job is None or job.request.request_id != request_id or job.state is JobState.DONE:
-                self._storage.delete(f"{STEPS}/{request_id}")
+                self._storage.delete(step_folder(request_id))
         self._storage.write("age", f"{self.age:.0f}\n".encode("ascii"))
         sizes = self._measure()
         with self._lock:
@@ -212,9 +209,9 @@ class JobStore:
         with self._lock:
             owners = {job.request.request_id: job.job_id for job in self._jobs.values()}
             found = dict.fromkeys(self._jobs, 0)
-        for name, size in (self._storage.sizes("jobs") | self._storage.sizes(STEPS)).items():
+        for name, size in (self._storage.sizes(JOBS) | self._storage.sizes(STEPS)).items():
             folder, owner = name.split("/")[:2]
-            owner = owner if folder == "jobs" else owners.get(owner, "")
+            owner = owner if folder == JOBS else owners.get(owner, "")
             if owner in found:
                 found[owner] += size
         return found
@@ -225,7 +222,7 @@ class JobStore:
         except Corrupt as error:
             _log.error("job %s is lost: its request file cannot be read: %s", job_id, error)
             return _unreadable(job_id, error)
-        content = self._storage.read(f"jobs/{job_id}/progress")
+        content = self._storage.read(f"{job_folder(job_id)}/progress")
         if content is None:
             return Job(request)
         try:
