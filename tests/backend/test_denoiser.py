@@ -18,6 +18,7 @@ from turbo_backend.checkpoints import DenoiserLayout, find_files, open_checkpoin
 from turbo_backend.config import MODELS
 from turbo_backend.errors import Cancelled, DeadlineExceeded, InvalidArgument, ResourceExhausted, TurboError
 from turbo_backend.nets.dit import WanDiT
+from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.parameters import Scheduling
 from turbo_backend.stages.denoiser import COUNTERS, DenoiserStage
 from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest
@@ -95,16 +96,20 @@ class Bench:
     def __init__(self, net: WanDiT, **options: object) -> None:
         self.clock = Clock()
         self.experts = Watched(net, self.clock)
+        defaults = {
+            "device": CPU,
+            "dtype": torch.float32,
+            "provider": "reference",
+            "max_batch_size": 8,
+            "max_batch_tokens": 1 << 20,
+        }
         self.stage = DenoiserStage(
             self.experts,
             TINY,
-            device=CPU,
-            dtype=torch.float32,
-            provider="reference",
             fingerprint="",
             identity={},
             clock=self.clock,
-            **{"max_batch_size": 8, "max_batch_tokens": 1 << 20, **options},  # type: ignore[arg-type]
+            **{**defaults, **options},  # type: ignore[arg-type]
         )
 
     def submit(self, request: DenoiseRequest) -> Box:
@@ -572,3 +577,43 @@ class TestThreads:
             thread.join()
         for index, expected in enumerate(alone):
             assert torch.equal(found[index], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("quant_linear", [False, True])
+def test_the_same_latents_on_the_gpu_whatever_runs_beside(quant_linear: bool) -> None:
+    """As a server runs there: a forward for each request. Alone, in a crowd that arrives bit by bit, and resumed."""
+    device = torch.device("cuda", 0)
+    layout = DenoiserLayout(TINY.dit, quant_linear=quant_linear)
+    net = layout.build()
+    initialize_random(net, 1, device=device, dtype=torch.bfloat16, keep_fp32=layout.keep_fp32)
+    net.eval().requires_grad_(False)
+    net.prepare_for_inference()
+    options = {"device": device, "dtype": torch.bfloat16, "provider": "triton", "max_batch_size": 1}
+    store = Store()
+    alone = []
+    for number, request in enumerate(CROWD):
+        bench = Bench(net, store=store, **options)
+        durable = dataclasses.replace(request, request_id=str(number), scheduling=Scheduling(durable=True))
+        for _, update in bench.stage.denoise([durable]):
+            assert isinstance(update, DenoisedStep), update
+        assert update.latents is not None
+        alone.append(update.latents)
+        bench.stage.close()
+    for seed in range(4):
+        order = torch.randperm(len(CROWD), generator=torch.Generator().manual_seed(seed)).tolist()
+        bench, boxes = Bench(net, **options), {}
+        for index in order:
+            boxes[index] = bench.submit(CROWD[index])
+            for _ in range(seed):
+                bench.stage.turn()
+        bench.run_out(*boxes.values())
+        for index, box in boxes.items():
+            assert torch.equal(box.latents, alone[index])
+    for request_id, step, state in store.saved:
+        bench = Bench(net, **options)
+        resumed = bench.submit(dataclasses.replace(CROWD[int(request_id)], reached=(step, state)))
+        beside = bench.submit(CROWD[0])
+        bench.run_out(resumed, beside)
+        assert torch.equal(resumed.latents, alone[int(request_id)])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import av
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from turbo_backend.cancellation import Cancellations
 from turbo_backend.checkpoints import (
     DenoiserLayout,
     ModelFiles,
@@ -23,7 +26,7 @@ from turbo_backend.checkpoints import (
     tiny_checkpoint_folder,
 )
 from turbo_backend.config import MODELS
-from turbo_backend.errors import InvalidArgument, ResourceExhausted, TurboError
+from turbo_backend.errors import Cancelled, InvalidArgument, ResourceExhausted, TurboError
 from turbo_backend.manifest import make_manifest
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.umt5 import UMT5Encoder
@@ -383,7 +386,7 @@ class TestDenoiser:
             "dtype": "float32",
             "notes": [],
             "weights": {"text_encoder": "text weights", "denoiser": "denoiser weights"},
-            "stages": {**encoded.report()["stages"], "denoiser": {"batch_size": 1}},  # type: ignore[dict-item]
+            "stages": {**encoded.report()["stages"], "denoiser": {"batch_size": 1, "batch_sizes": [1, 1]}},  # type: ignore[dict-item]
         }
 
     def test_a_seed_of_zero_is_drawn_and_reported(self, make_denoiser: MakeDenoiser, encoded: EncodedPrompt) -> None:
@@ -466,6 +469,69 @@ class TestVAEDecoder:
         luma = np.array([0.2126, 0.7152, 0.0722])  # colour has a quarter of the resolution
         correlation = np.corrcoef((frames @ luma).ravel(), (raw.frames @ luma).ravel())[0, 1]
         assert correlation > 0.95, "the weights are random, so the frames are noise, which H.264 cannot keep exactly"
+
+    def test_a_cancelled_member_leaves_its_batch(
+        self, files: ModelFiles, vae_decoder: VAEDecoderStage, decode_request: MakeDecodeRequest, tmp_path: Path
+    ) -> None:
+        cancellations = Cancellations(tmp_path)
+        vae = VAELayout(TINY.vae).load(open_checkpoint(files.vae), device=CPU, dtype=torch.float32)
+        stage = VAEDecoderStage(
+            vae.eval().requires_grad_(False),
+            max_batch_pixels=1 << 30,
+            fingerprint="vae weights",
+            cancellations=cancellations,
+        )
+        requests = [
+            dataclasses.replace(decode_request(seed, num_frames=9, container="mp4"), cancel_keys=(f"token {seed}", ""))
+            for seed in (1, 2, 3)
+        ]
+        cancellations.request("token 3")
+        seen: dict[int, list[DecodedChunk | DecodedVideo | TurboError]] = {0: [], 1: [], 2: []}
+        for index, update in stage.decode(requests):
+            seen[index].append(update)
+            if index == 0 and isinstance(update, DecodedChunk) and update.step == 1:
+                cancellations.request("token 1")
+        assert [type(update) for update in seen[0]] == [DecodedChunk, Cancelled]
+        assert [type(update) for update in seen[1]] == [DecodedChunk] * 3 + [DecodedVideo]
+        assert [type(update) for update in seen[2]] == [Cancelled]
+        assert video_of(seen[1][-1]).mp4 == video_of(*decode(vae_decoder, [requests[1]])).mp4
+        assert not list(tmp_path.iterdir()), "cancellations that were carried out are forgotten"
+
+        cancellations.request("token 2")
+        before = threading.active_count()
+        (only,) = stage.decode([requests[1]])
+        assert isinstance(only[1], Cancelled)
+        assert threading.active_count() == before, "no encoder is left"
+
+    def test_decoding_stops_when_all_are_cancelled(
+        self, vae_decoder: VAEDecoderStage, decode_request: MakeDecodeRequest, tmp_path: Path
+    ) -> None:
+        cancellations = Cancellations(tmp_path)
+
+        class Counting:
+            """The network, with a count of the chunks that were decoded."""
+
+            num_chunks = 0
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(vae_decoder._vae, name)
+
+            def decode_chunks(self, *arguments: object, **options: object) -> Iterator[torch.Tensor]:
+                for chunk in vae_decoder._vae.decode_chunks(*arguments, **options):  # type: ignore[arg-type]
+                    self.num_chunks += 1
+                    yield chunk
+
+        vae = Counting()
+        stage = VAEDecoderStage(vae, max_batch_pixels=1 << 30, fingerprint="", cancellations=cancellations)  # type: ignore[arg-type]
+        before = threading.active_count()
+        request = dataclasses.replace(decode_request(num_frames=9, container="mp4"), cancel_keys=("mine",))
+        updates = []
+        for _, update in stage.decode([request]):
+            updates.append(update)
+            cancellations.request("mine")
+        assert [type(update) for update in updates] == [DecodedChunk, Cancelled]
+        assert vae.num_chunks < 3, "of three"
+        assert threading.active_count() == before, "the encoder was abandoned"
 
     def test_progress_counts_the_latent_frames(
         self, vae_decoder: VAEDecoderStage, decode_request: MakeDecodeRequest

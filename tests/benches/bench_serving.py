@@ -59,11 +59,14 @@ def measure_throughput(client: Client, videos: int, concurrency: int) -> tuple[f
 
 
 def stage_seconds(videos: list[Video]) -> dict[str, float]:
-    """Seconds of work in each stage for a video; a batch's time is shared by its members."""
+    """Seconds of work in each stage for a video; a batch's time is shared by its members, step by step."""
     totals: dict[str, float] = {}
     for video in videos:
         for stage, facts in video.report["stages"].items():
-            totals[stage] = totals.get(stage, 0.0) + facts["milliseconds"] / 1000 / facts.get("batch_size", 1)
+            milliseconds = facts.get("step_milliseconds", [facts["milliseconds"]])
+            sizes = facts.get("batch_sizes", [facts.get("batch_size", 1)])
+            shares = [each / size for each, size in zip(milliseconds, sizes, strict=True)]
+            totals[stage] = totals.get(stage, 0.0) + sum(shares) / 1000
     return {stage: round(total / len(videos), 3) for stage, total in totals.items()}
 
 

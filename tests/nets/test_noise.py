@@ -4,17 +4,27 @@ import pytest
 import torch
 
 from turbo_backend.errors import InvalidArgument
-from turbo_backend.noise import draw_noise
+from turbo_backend.noise import draw_channel, draw_noise
 
 SHAPE = (16, 3, 4, 6)
 PINNED_1_0 = [1.091689109802246, 0.45582669973373413, 0.7017897367477417, 0.2849433720111847]
 PINNED_MAX_3 = [0.2925095558166504, 1.913009762763977]
+PINNED_1_0_CHANNEL_2 = [1.1197171211242676, -1.2581526041030884]
 
 
 def test_values_are_pinned():
     """A numpy release that changed its ziggurat would change every video; it must not go unnoticed."""
-    assert draw_noise(1, 0, (4,)).tolist() == PINNED_1_0
-    assert draw_noise(2**63 - 1, 3, (2,)).tolist() == PINNED_MAX_3
+    assert draw_noise(1, 0, (1, 4)).tolist() == [PINNED_1_0]
+    assert draw_noise(2**63 - 1, 3, (1, 2)).tolist() == [PINNED_MAX_3]
+    assert draw_noise(1, 0, (3, 1, 2))[2].tolist() == [PINNED_1_0_CHANNEL_2]
+
+
+def test_channels_may_be_drawn_in_any_order():
+    noise = torch.full(SHAPE, torch.nan)
+    for channel in reversed(range(SHAPE[0])):
+        draw_channel(noise, 7, 2, channel)
+    assert torch.equal(noise, draw_noise(7, 2, SHAPE))
+    assert len({tuple(row) for row in noise.flatten(1).tolist()}) == SHAPE[0], "no two channels alike"
 
 
 def test_noise_depends_on_seed_and_step_alone():

@@ -21,7 +21,7 @@ import torch
 
 from turbo_backend.cancellation import Cancellations
 from turbo_backend.config import ModelConfig
-from turbo_backend.errors import Cancelled, DeadlineExceeded, InvalidArgument, TurboError
+from turbo_backend.errors import Cancelled, DeadlineExceeded, InvalidArgument, ResourceExhausted, TurboError
 from turbo_backend.memory import as_turbo_error, free_bytes
 from turbo_backend.stages.admission import Admission
 from turbo_backend.stages.answers import Answers
@@ -45,6 +45,14 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "turbo_denoiser_steps": ("Denoising steps that ran, by how many requests shared each", "batch_size"),
     "turbo_denoiser_step_milliseconds": ("Time that these steps took", "batch_size"),
     "turbo_denoiser_resumes": ("Requests that went on from a stored step, by its number", "step"),
+}
+
+#: Outcomes of requests that end in an error; in any other than these, the request has failed.
+_OUTCOMES: dict[type[TurboError], str] = {
+    Cancelled: "cancelled",
+    DeadlineExceeded: "deadline",
+    InvalidArgument: "invalid",
+    ResourceExhausted: "exhausted",
 }
 
 #: (counter, label, amount).
@@ -154,7 +162,7 @@ class DenoiserStage:
             self._queue.enter(run)
         except Exception as error:
             refused = as_turbo_error(error, "denoiser")
-            self._add("turbo_denoiser_requests", _outcome(refused, "refused"))
+            self._add("turbo_denoiser_requests", _OUTCOMES.get(type(refused), "failed"))
             self._answers.give(partial(receive, refused))
             return None
         self._answers.wake()  # it may have been given up already
@@ -339,7 +347,7 @@ class DenoiserStage:
             self._writer.forget(run.request.request_id)
         if self._cancellations is not None:
             self._cancellations.forget(*run.cancel_keys)
-        self._add("turbo_denoiser_requests", _outcome(error, "failed"))
+        self._add("turbo_denoiser_requests", _OUTCOMES.get(type(error), "failed"))
         self._answers.give(partial(self._give, run, error))
 
     def _add(self, counter: str, label: str, amount: float = 1.0) -> None:
@@ -360,10 +368,3 @@ def _append(
 
 def _ends(update: DenoisedStep | TurboError) -> bool:
     return isinstance(update, TurboError) or update.latents is not None
-
-
-def _outcome(error: TurboError, otherwise: str) -> str:
-    """The label that a request's end is counted under."""
-    if isinstance(error, Cancelled):
-        return "cancelled"
-    return "deadline" if isinstance(error, DeadlineExceeded) else otherwise

@@ -79,6 +79,7 @@ class DenoiserReport:
             "queue_milliseconds": round(log.queue_milliseconds, 2),
             "step_milliseconds": [round(milliseconds, 2) for milliseconds in log.step_milliseconds],
             "batch_size": max(log.batch_sizes, default=1),
+            "batch_sizes": list(log.batch_sizes),
         }
         if log.resumed_after:
             stage["resumed_after"] = log.resumed_after

@@ -17,17 +17,32 @@ import torch.nn.functional as F
 
 from turbo_backend.nets.attention import AttentionSettings, TextContext
 from turbo_backend.nets.dit import WanDiT
-from turbo_backend.noise import draw_noise
+from turbo_backend.noise import draw_channel
 from turbo_backend.parameters import GenerationParameters
 from turbo_backend.sampler import RCMSchedule, Step
+from turbo_backend.settings import available_processors
 from turbo_backend.stages.experts import Experts
 
 #: Longest side of a preview in latents; larger estimates are averaged down before they are decoded.
 _PREVIEW_SIDE = 32
 #: Requests whose prompt stays prepared for an expert; that of others is prepared again at their next step.
 _MAX_CONTEXTS = 16
-#: Threads that draw noise; a step at 480p takes one of them 40 ms.
-_NUM_NOISE_THREADS = 2
+#: Threads that draw noise, which takes one of them 40 ms for a step at 480p, and all of them at most a channel each.
+_NUM_NOISE_THREADS = min(8, available_processors())
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnNoise:
+    """Noise that is being drawn, channel by channel; float32 `[16, T, h, w]`, page-locked where a GPU reads it."""
+
+    noise: torch.Tensor
+    channels: tuple[Future[None], ...]
+
+    def get(self) -> torch.Tensor:
+        """The noise, waited for."""
+        for channel in self.channels:
+            channel.result()
+        return self.noise
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -52,7 +67,7 @@ class Sample:
     preview: bool = False
     keep: bool = False
     schedule: RCMSchedule = field(init=False)
-    noise: dict[int, Future[torch.Tensor]] = field(init=False, default_factory=dict)
+    noise: dict[int, DrawnNoise] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.schedule = RCMSchedule(self.parameters.num_steps, self.parameters.sigma_max)
@@ -93,9 +108,7 @@ class Sampling:
         self._dtype = dtype
         self._provider = provider
         self._contexts: OrderedDict[Sample, tuple[int, TextContext]] = OrderedDict()
-        self._noise_threads = ThreadPoolExecutor(
-            _NUM_NOISE_THREADS, thread_name_prefix="noise", initializer=use_device, initargs=(device,)
-        )
+        self._noise_threads = ThreadPoolExecutor(_NUM_NOISE_THREADS, thread_name_prefix="noise")
 
     def draw_ahead(self, sample: Sample, step: int) -> None:
         """Has the noise drawn that `step` of the sample will need."""
@@ -104,7 +117,7 @@ class Sampling:
             needed.append(step + 1)
         for index in needed:
             if index not in sample.noise:
-                sample.noise[index] = self._noise_threads.submit(self._draw, sample, index)
+                sample.noise[index] = self._draw(sample, index)
 
     @torch.inference_mode()
     def run(
@@ -159,12 +172,14 @@ class Sampling:
         """Ends the threads that draw noise."""
         self._noise_threads.shutdown(cancel_futures=True)
 
-    def _draw(self, sample: Sample, index: int) -> torch.Tensor:
-        noise = draw_noise(sample.parameters.seed, index, (self._num_channels, *sample.parameters.latent_shape))
-        return noise.pin_memory() if self._device.type == "cuda" else noise
+    def _draw(self, sample: Sample, index: int) -> DrawnNoise:
+        shape = (self._num_channels, *sample.parameters.latent_shape)
+        noise = torch.empty(shape, pin_memory=self._device.type == "cuda")
+        seed, draw = sample.parameters.seed, self._noise_threads.submit
+        return DrawnNoise(noise, tuple(draw(draw_channel, noise, seed, index, i) for i in range(self._num_channels)))
 
     def _noise_on_device(self, sample: Sample, index: int) -> torch.Tensor:
-        return sample.noise[index].result().to(self._device, non_blocking=True)
+        return sample.noise[index].get().to(self._device, non_blocking=True)
 
     def _prepare_context(self, sample: Sample, net: WanDiT, expert: int) -> TextContext:
         """The prompt as all layers of the expert read it, made once where memory allows."""
