@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+import os
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -24,3 +25,11 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
         outcomes = ("passed", "failed", "error", "skipped", "xfailed", "deselected")
         counts = {outcome: len(reporter.stats.get(outcome, [])) for outcome in outcomes}
         print(json.dumps({"tests": counts, "met": counts["failed"] == counts["error"] == 0 < counts["passed"]}))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_store_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Servers that are told no job store take their user's: for the whole run, an empty one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield

@@ -20,6 +20,8 @@ from turbo_backend.errors import InvalidArgument, Misconfigured
 
 #: The launcher sets it to a folder that it removes when the server has ended.
 FOLDER_VARIABLE = "TURBO_CANCELLATION_DIR"
+#: Filed by the launcher before it stops the server: no request's id, but word to the jobs not to start another one.
+STOPPING = "the server is stopping"
 #: A key longer than this belongs to no request.
 MAX_KEY_BYTES = 1024
 #: A cancellation that no model took up in this time came too late for its request, or named none.

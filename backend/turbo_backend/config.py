@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from turbo_backend.errors import Misconfigured
@@ -185,6 +186,14 @@ MODELS: dict[str, ModelConfig] = {
         ),
     )
 }
+
+
+def name_ensembles(models: Sequence[ModelConfig]) -> dict[str, ModelConfig]:
+    """The networks of one server by the name of their ensemble: plain for the first of a kind, then with a suffix."""
+    names: dict[str, ModelConfig] = {}
+    for model in models:
+        names[f"{model.ensemble}_{model.suffix}" if model.ensemble in names else model.ensemble] = model
+    return names
 
 
 def find_model(name: str) -> ModelConfig:

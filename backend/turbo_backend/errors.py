@@ -6,6 +6,10 @@
     ├── ResourceExhausted           UNAVAILABLE     out of memory, before or during a run; too many requests
     ├── DeadlineExceeded            UNAVAILABLE     what cannot be done, or was not done, in the time given
     ├── Cancelled                   CANCELLED
+    ├── NotFound                    NOT_FOUND       no job of that id
+    ├── AlreadyExists               ALREADY_EXISTS  a job of that id asks for something else
+    ├── Unsupported                 UNSUPPORTED     this server does not offer that
+    ├── Unavailable                 UNAVAILABLE     not now; the message says when
     └── Misconfigured               UNAVAILABLE     an environment variable or installation at fault
 
 `code` is the Triton status that the adapters answer with; Triton 2.51 has neither RESOURCE_EXHAUSTED nor
@@ -15,6 +19,7 @@ DEADLINE_EXCEEDED, so those classes answer UNAVAILABLE and begin their message w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -73,7 +78,44 @@ class Cancelled(TurboError):
     code: ClassVar[str] = "CANCELLED"
 
 
+class NotFound(TurboError):
+    """There is no such job."""
+
+    code: ClassVar[str] = "NOT_FOUND"
+
+
+class AlreadyExists(TurboError):
+    """The id is taken."""
+
+    code: ClassVar[str] = "ALREADY_EXISTS"
+
+
+class Unsupported(TurboError):
+    """This server does not offer that."""
+
+    code: ClassVar[str] = "UNSUPPORTED"
+
+
+class Unavailable(TurboError):
+    """That cannot be done now, and can be later."""
+
+    code: ClassVar[str] = "UNAVAILABLE"
+
+
 class Misconfigured(TurboError):
     """The server's own settings or installation cannot work."""
 
     code: ClassVar[str] = "UNAVAILABLE"
+
+
+def error_to_report(error: TurboError, message: str | None = None) -> dict[str, object]:
+    """An error as a stage passes it on in place of its report, in other words where it is told some."""
+    return {"error": {"code": error.code, "message": message or str(error)}}
+
+
+def raise_reported(report: Mapping[str, object]) -> None:
+    """Raises the error that the stage before passed on, if it did."""
+    told = report.get("error")
+    if isinstance(told, Mapping):
+        kinds = {kind.code: kind for kind in (TurboError, Cancelled, Unavailable)}
+        raise kinds.get(str(told.get("code")), TurboError)(str(told.get("message")))

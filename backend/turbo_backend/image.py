@@ -21,11 +21,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from turbo_backend.errors import InvalidArgument
-from turbo_backend.parameters import FITS
+from turbo_backend.parameters import FITS, MAX_IMAGE_BYTES
 
 #: Transparent pixels show this colour.
 BACKGROUND = (255, 255, 255)
-MAX_IMAGE_BYTES = 20 * 2**20
 MIN_IMAGE_SIDE = 16
 MAX_IMAGE_SIDE = 20_000
 #: A decoded image takes four bytes a pixel in Pillow and three here.

@@ -33,6 +33,9 @@ MAX_LATENT_FRAMES = 128
 MAX_SIDE = 2048
 #: The second step of the schedule stands at sigma = tan(1.5); the first must lie above it.
 MIN_SIGMA_MAX = 14.2
+#: Longer prompts are refused before they are tokenized; no 512-token prompt comes near it.
+MAX_PROMPT_BYTES = 64 * 1024
+MAX_IMAGE_BYTES = 20 * 2**20
 #: A week.
 MAX_DEADLINE_MS = 7 * 24 * 3600 * 1000
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from turbo_backend.config import MODELS, ModelConfig, find_model
+from turbo_backend.config import MODELS, ModelConfig, find_model, name_ensembles
 from turbo_backend.errors import Misconfigured
 
 if TYPE_CHECKING:
@@ -113,6 +113,30 @@ class Settings(BaseModel):
         description="Requests that the denoiser holds, waiting and running; more are refused with RESOURCE_EXHAUSTED.",
     )
 
+    job_store: str = Field(
+        "auto",
+        description="Where durable jobs are kept: a folder, an fsspec URL such as `s3://bucket/jobs`, `none` for no "
+        "jobs, or `auto`: `turbodiffusion/jobs` in `$XDG_STATE_HOME` (`~/.local/state`). One server a store.",
+    )
+    job_concurrency: int = Field(
+        8, ge=1, le=256, description="Jobs given to the networks at a time; the others wait in the store."
+    )
+    job_resume: bool = Field(
+        True, description="Go on by itself with jobs that a stop or crash interrupted; else they wait for `resume`."
+    )
+    job_attempts: int = Field(
+        3,
+        ge=1,
+        description="Starts of a job that each end with the server's death before a further step is finished; "
+        "then it waits for `resume`, so that it cannot take the server down for ever.",
+    )
+    job_max_age_hours: float = Field(
+        168.0, gt=0, description="How long a finished job is kept, in hours that a server runs."
+    )
+    job_max_bytes: int = Field(
+        10 * 2**30, ge=2**20, description="What all jobs together may take; the longest finished make room first."
+    )
+
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Reads the `TURBO_*` variables; an empty one counts as unset.
@@ -202,9 +226,26 @@ class Settings(BaseModel):
             )
 
     @property
+    def job_store_location(self) -> str | None:
+        """Path or URL of the job store; None without jobs."""
+        if self.job_store == "none":
+            return None
+        if self.job_store != "auto":
+            return self.job_store
+        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        return str(Path(state).expanduser() / "turbodiffusion" / "jobs")
+
+    @property
     def served_models(self) -> tuple[ModelConfig, ...]:
         """The configurations of all models to serve; they share text encoder and VAE."""
         return tuple(find_model(name) for name in self.models)
+
+    @property
+    def ensembles(self) -> dict[str, ModelConfig]:
+        """The models by the name of their ensemble."""
+        if self.ensemble:
+            return {self.ensemble: self.served_model}
+        return name_ensembles(self.served_models)
 
     @property
     def served_model(self) -> ModelConfig:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
-from torch.utils.dlpack import from_dlpack
 
-from turbo_backend.errors import InvalidArgument, TurboError
+from turbo_backend.errors import InvalidArgument, TurboError, error_to_report
 from turbo_backend.settings import PREFIX, Settings
+
+if TYPE_CHECKING:
+    import torch
 
 _log = logging.getLogger(__name__)
 
@@ -65,12 +66,19 @@ def read_bytes(request: Any, name: str) -> bytes:
     return bytes(values.reshape(-1)[0])
 
 
+def read_optional_bytes(request: Any, name: str) -> bytes | None:
+    """The one element of an optional BYTES input, or None where it is absent."""
+    return None if pb_utils.get_input_tensor_by_name(request, name) is None else read_bytes(request, name)
+
+
 def read_tensor(request: Any, name: str) -> torch.Tensor:
     """A required input without its batch dimension, sharing the request's memory.
 
     Raises:
         InvalidArgument: a batch of more than one in one request.
     """
+    from torch.utils.dlpack import from_dlpack  # the jobs model, which has no tensors, goes without torch
+
     tensor: torch.Tensor = from_dlpack(pb_utils.get_input_tensor_by_name(request, name).to_dlpack())
     if tensor.shape[0] != 1:
         raise InvalidArgument(name, list(tensor.shape), "a batch of one: send a request for each video")
@@ -125,17 +133,69 @@ def write_bytes(name: str, value: bytes | str) -> Any:
     return pb_utils.Tensor(name, np.array([[encoded]], np.object_))
 
 
+def write_texts(name: str, values: Sequence[bytes | str]) -> Any:
+    """An output `[1, N]` of BYTES."""
+    encoded = [value.encode("utf-8") if isinstance(value, str) else value for value in values]
+    return pb_utils.Tensor(name, np.array([encoded], np.object_))
+
+
+def write_numbers(name: str, values: Sequence[float], dtype: str) -> Any:
+    """An output `[1, N]` of numbers."""
+    return pb_utils.Tensor(name, np.array([values], dtype))
+
+
+def write_scalar(name: str, value: object) -> Any:
+    """A `[1, 1]` tensor of the type in which the wire has such a value: SEED alone takes 64 bits."""
+    if isinstance(value, str):
+        return write_bytes(name, value)
+    if isinstance(value, bool):
+        return pb_utils.Tensor(name, np.array([[value]], np.bool_))
+    if isinstance(value, int):
+        return pb_utils.Tensor(name, np.array([[value]], np.int64 if name == "SEED" else np.int32))
+    return pb_utils.Tensor(name, np.array([[value]], np.float64))
+
+
 def write_json(name: str, value: Mapping[str, object]) -> Any:
     return write_bytes(name, json.dumps(value, ensure_ascii=False))
 
 
+def explain(error: TurboError, request_id: str) -> str:
+    """What a caller is told of an error; what nobody foresaw is logged and names the request."""
+    if error.code != "INTERNAL":
+        return str(error)
+    _log.error("request %s: %s", request_id or "without id", error)
+    return f"{error} (request {request_id or 'without id'})"
+
+
 def error_response(error: TurboError, request_id: str) -> Any:
-    """The response that ends a request with `error`; what nobody foresaw names the request."""
-    message = str(error)
-    if error.code == "INTERNAL":
-        _log.error("request %s: %s", request_id or "without id", message)
-        message = f"{message} (request {request_id or 'without id'})"
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, error.code)))
+    """The response that ends a request with `error`."""
+    status = getattr(pb_utils.TritonError, error.code)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(explain(error, request_id), status))
+
+
+def make_failure(request: Any, sender: Any, as_output: Callable[..., Any]) -> Callable[[TurboError], None]:
+    """What ends a request of an ensemble's last model with an error.
+
+    Args:
+        as_output: makes the response with `report=` that says so to a job; jobs cannot take an error as such, see
+            `call_model`.
+    """
+    request_id, for_job = request.request_id(), is_durable(request)
+
+    def fail(error: TurboError) -> None:
+        if for_job:
+            report = error_to_report(error, explain(error, request_id))
+            answer = as_output(report=json.dumps(report, ensure_ascii=False))
+        else:
+            answer = error_response(error, request_id)
+        send(sender, answer, final=True)
+
+    return fail
+
+
+def is_durable(request: Any) -> bool:
+    """Whether the request is that of a job."""
+    return read_parameters(request).get("durable") is True
 
 
 def send(sender: Any, answer: Any, *, final: bool) -> None:
@@ -145,6 +205,53 @@ def send(sender: Any, answer: Any, *, final: bool) -> None:
 
 def response(*tensors: Any) -> Any:
     return pb_utils.InferenceResponse(list(tensors))
+
+
+def call_model(
+    model: str, inputs: Sequence[Any], outputs: Sequence[str], request_id: str, parameters: Mapping[str, object]
+) -> Iterator[dict[str, Any] | str]:
+    """Calls a decoupled model of this server, from any thread: one dict of `[1, 1]` outputs for each response.
+
+    A stub of Triton 2.51 waits for ever once an error follows another response: what is called here sends the errors of
+    such requests as outputs. It also knows no error's status.
+
+    Yields:
+        Each output's one value by name, bytes or a Python scalar; the message where the model answered with an error.
+    """
+    request = pb_utils.InferenceRequest(
+        model_name=model,
+        inputs=list(inputs),
+        requested_output_names=list(outputs),
+        request_id=request_id,
+        parameters=dict(parameters),
+    )
+    for answer in request.exec(decoupled=True):
+        if answer.has_error():
+            yield str(answer.error().message())
+        elif answer.output_tensors():  # the final response of a stream may be empty
+            values = {tensor.name(): tensor.as_numpy().reshape(-1)[0] for tensor in answer.output_tensors()}
+            yield {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+
+
+class Gauge:
+    """A Prometheus gauge of this model with one label, at the server's metrics address.
+
+    Args:
+        name: as Prometheus shows it.
+        description: its help text.
+        label: name of the label; each value has its own number. Empty for a single number.
+    """
+
+    def __init__(self, name: str, description: str, label: str = "") -> None:
+        self._family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.GAUGE)
+        self._label = label
+        self._metrics: dict[str, Any] = {}
+
+    def set(self, number: float, value: str = "") -> None:
+        """Sets the number of that label value."""
+        if value not in self._metrics:
+            self._metrics[value] = self._family.Metric(labels={self._label: value} if self._label else {})
+        self._metrics[value].set(number)
 
 
 class Counter:

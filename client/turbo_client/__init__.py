@@ -7,7 +7,9 @@ with Client("127.0.0.1:8001") as client:
 """
 
 from turbo_client._async_client import AsyncClient, AsyncVideoStream
+from turbo_client._async_client_jobs import AsyncJobs
 from turbo_client._client import Client, VideoStream
+from turbo_client._client_jobs import Jobs
 from turbo_client._errors import (
     AlreadyExistsError,
     APIError,
@@ -28,6 +30,7 @@ from turbo_client._errors import (
     UnreachableError,
 )
 from turbo_client._generation import Progress
+from turbo_client._jobs import JobStatus
 from turbo_client._manifest import Manifest, read_manifest
 from turbo_client._requests import GenerationRequest
 from turbo_client._settings import TLS, RetryPolicy, Timeout
@@ -41,6 +44,7 @@ __all__ = [
     "APIError",
     "AlreadyExistsError",
     "AsyncClient",
+    "AsyncJobs",
     "AsyncVideoStream",
     "CancelledError",
     "Client",
@@ -48,6 +52,8 @@ __all__ = [
     "GenerationRequest",
     "InternalError",
     "InvalidArgumentError",
+    "JobStatus",
+    "Jobs",
     "MalformedResponseError",
     "Manifest",
     "ManifestError",

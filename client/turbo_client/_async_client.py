@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from turbo_client._async_client_jobs import AsyncJobs
 from turbo_client._errors import (
     RpcStatus,
     TurboDiffusionError,
@@ -19,6 +20,7 @@ from turbo_client._errors import (
     error_from_status,
 )
 from turbo_client._generation import Generation, Progress
+from turbo_client._jobs import encode_call
 from turbo_client._protocol import (
     RepositoryIndexRequest,
     ServerLiveRequest,
@@ -53,6 +55,18 @@ class AsyncClient(Session):
     def stream(self, request: GenerationRequest) -> AsyncVideoStream:
         """Generates a video and tells how far it is. Parameters are those of `GenerationRequest`."""
         return AsyncVideoStream(self, self._generation(request))
+
+    @property
+    def jobs(self) -> AsyncJobs:
+        """Requests that the server keeps and runs by itself."""
+        return AsyncJobs(self)
+
+    async def cancel(self, request_id: str) -> None:
+        """Ends a running `generate` or `stream` of any client, by its request id; its caller gets a CancelledError.
+
+        One that no request has changes nothing. Jobs are cancelled by `jobs.cancel`.
+        """
+        await self._call("ModelInfer", encode_call("cancel_request", job_id=request_id))
 
     async def status(self) -> ServerStatus:
         """Asks the server for its health and its models."""
@@ -105,11 +119,10 @@ class AsyncClient(Session):
             self._opened = Stub(self._channel)
         return self._opened
 
-    async def _call(self, method: str, request: Any) -> Any:
+    async def _call(self, method: str, request: Any, *, timeout: float | None = None) -> Any:
+        limit = self.timeout.status if timeout is None else timeout
         try:
-            return await getattr(self._stub, method)(
-                request, timeout=self.timeout.status, metadata=self._connection.metadata
-            )
+            return await getattr(self._stub, method)(request, timeout=limit, metadata=self._connection.metadata)
         except grpc.RpcError as failure:
             error = error_from_status(RpcStatus.of(failure))
         raise await self._located(error)

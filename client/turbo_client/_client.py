@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from turbo_client._client_jobs import Jobs
 from turbo_client._errors import (
     RpcStatus,
     TurboDiffusionError,
@@ -18,6 +19,7 @@ from turbo_client._errors import (
     error_from_status,
 )
 from turbo_client._generation import Generation, Progress
+from turbo_client._jobs import encode_call
 from turbo_client._protocol import (
     RepositoryIndexRequest,
     ServerLiveRequest,
@@ -52,6 +54,18 @@ class Client(Session):
     def stream(self, request: GenerationRequest) -> VideoStream:
         """Generates a video and tells how far it is. Parameters are those of `GenerationRequest`."""
         return VideoStream(self, self._generation(request))
+
+    @property
+    def jobs(self) -> Jobs:
+        """Requests that the server keeps and runs by itself."""
+        return Jobs(self)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a running `generate` or `stream` of any client, by its request id; its caller gets a CancelledError.
+
+        One that no request has changes nothing. Jobs are cancelled by `jobs.cancel`.
+        """
+        self._call("ModelInfer", encode_call("cancel_request", job_id=request_id))
 
     def status(self) -> ServerStatus:
         """Asks the server for its health and its models."""
@@ -103,9 +117,10 @@ class Client(Session):
             self._opened = Stub(self._channel)
         return self._opened
 
-    def _call(self, method: str, request: Any) -> Any:
+    def _call(self, method: str, request: Any, *, timeout: float | None = None) -> Any:
+        limit = self.timeout.status if timeout is None else timeout
         try:
-            return getattr(self._stub, method)(request, timeout=self.timeout.status, metadata=self._connection.metadata)
+            return getattr(self._stub, method)(request, timeout=limit, metadata=self._connection.metadata)
         except grpc.RpcError as failure:
             error = error_from_status(RpcStatus.of(failure))
         raise self._located(error)

@@ -13,7 +13,7 @@
     │   ├── UnimplementedError       UNIMPLEMENTED
     │   └── InternalError            INTERNAL, UNKNOWN, DATA_LOSS, ABORTED, FAILED_PRECONDITION
     ├── UnreachableError             no connection, or it broke       (also a ConnectionError)
-    ├── DeadlineExceededError        the call's timeout passed        (also a TimeoutError)
+    ├── DeadlineExceededError        the call's timeout passed, or the request's deadline (also a TimeoutError)
     ├── MalformedResponseError       the answer is not what this client speaks
     ├── ManifestError                no readable replay manifest      (also a ValueError)
     └── MissingExtraError            an optional package is needed    (also an ImportError)
@@ -74,11 +74,11 @@ class InvalidArgumentError(APIError):
 
 
 class NotFoundError(APIError):
-    """The server has no such model."""
+    """The server has no such model or job."""
 
 
 class AlreadyExistsError(APIError):
-    """The name or id is taken."""
+    """The id is taken: a job of that id asks for something else."""
 
 
 class UnauthenticatedError(APIError):
@@ -150,6 +150,8 @@ _IN_ENSEMBLE = re.compile(r"^in ensemble '[^']*', ")
 MESSAGE_ERRORS: tuple[tuple[re.Pattern[str], type[APIError]], ...] = (
     (re.compile(r"\[RESOURCE_EXHAUSTED\]"), ResourceExhaustedError),
     (re.compile(r"Request for unknown model: .* is not found", re.DOTALL), NotFoundError),
+    # Known, but unloaded: the server is stopping.
+    (re.compile(r"Request for unknown model: .* has no available versions", re.DOTALL), UnavailableError),
     (
         re.compile(r"(\[request id: [^]]*\] )?(expected number of inputs|unexpected inference input)"),
         InvalidArgumentError,

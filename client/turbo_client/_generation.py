@@ -67,7 +67,7 @@ class Generation:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.request_id = request.request_id or secrets.token_hex(8)
-        self.message = request.encode(model=request.model or model, request_id=self.request_id)
+        self.message = request.encode_stream(model=request.model or model, request_id=self.request_id)
         self.video: Video | None = None
         self.num_attempts = 0
         limit = request.timeout if request.timeout is not None else timeout
@@ -76,7 +76,7 @@ class Generation:
         self._clock = clock
         self._started: float | None = None
         self._answered = False
-        self._pace = _Pace()
+        self._pace = Pace()
 
     def begin_attempt(self) -> float | None:
         """Counts an attempt and returns its deadline in seconds from now, None for no limit."""
@@ -122,7 +122,7 @@ class Generation:
         if self.video is not None:
             return None
         error = error_from_status(status, request_id=self.request_id)
-        if isinstance(error, DeadlineExceededError):
+        if status.code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return self._out_of_time()
         if (
             isinstance(error, UnavailableError)
@@ -155,7 +155,7 @@ class Generation:
         return DeadlineExceededError(f"no video within {self._limit:g} s", request_id=self.request_id)
 
 
-class _Pace:
+class Pace:
     """Estimates a stage's remaining time from the mean time of its steps so far."""
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -144,8 +145,12 @@ class ParameterOptions:
         bool, typer.Option("--ode/--no-ode", help="Deterministic sampling.", rich_help_panel=_PARAMETERS)
     ] = False
     fps: Annotated[int, typer.Option(help="Frames a second of the MP4.", rich_help_panel=_PARAMETERS)] = 16
-    priority: Annotated[
-        int | None, typer.Option(help="Scheduling priority.", show_default="the model's", rich_help_panel=_PARAMETERS)
+    priority_level: Annotated[
+        int | None, typer.Option(help="0, most urgent, to 9.", show_default="5", rich_help_panel=_PARAMETERS)
+    ] = None
+    deadline_ms: Annotated[
+        int | None,
+        typer.Option(help="Refuse at once what cannot be denoised in this time.", rich_help_panel=_PARAMETERS),
     ] = None
     request_id: Annotated[
         str | None,
@@ -153,14 +158,15 @@ class ParameterOptions:
     ] = None
 
     def request(self, prompt: str, *, container: str, preview: bool) -> GenerationRequest:
-        """The request as these options ask for it.
+        """The request as these options ask for it; a prompt `-` is read from stdin.
 
         Raises:
             UsageError: a value cannot be sent.
         """
+        text = _read_stdin() if prompt == "-" else prompt
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         try:
-            return GenerationRequest(prompt, container=container, preview=preview, **values)
+            return GenerationRequest(text, container=container, preview=preview, **values)
         except ValueError as error:
             raise UsageError(str(error)) from None
 
@@ -182,6 +188,13 @@ class OutputOptions:
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=_DELIVERY)] = (
         False
     )
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode().strip()
+    except UnicodeDecodeError:
+        raise UsageError("the prompt on stdin is not UTF-8") from None
 
 
 def spread(*groups: type) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:

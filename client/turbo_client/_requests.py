@@ -36,9 +36,15 @@ IMAGE_INPUTS: Mapping[str, str] = MappingProxyType(
     {"image": "BYTES", "boundary": "FP64", "adaptive_resolution": "BOOL", "fit": "BYTES"}
 )
 
-#: Request parameters that concern delivery only, and the `InferParameter` field each travels in.
+#: Request parameters that concern delivery and scheduling, and the `InferParameter` field each travels in.
 PARAMETERS: Mapping[str, str] = MappingProxyType(
-    {"container": "string_param", "fps": "int64_param", "preview": "bool_param", "priority": "uint64_param"}
+    {
+        "container": "string_param",
+        "fps": "int64_param",
+        "preview": "bool_param",
+        "priority_level": "int64_param",
+        "deadline_ms": "int64_param",
+    }
 )
 
 #: Wire type of every field, tensors and the rest alike, by which its value is checked.
@@ -49,7 +55,8 @@ _TYPES: Mapping[str, str] = {
     "container": "BYTES",
     "fps": "INT64",
     "preview": "BOOL",
-    "priority": "UINT64",
+    "priority_level": "INT64",
+    "deadline_ms": "INT64",
     "model": "BYTES",
     "request_id": "BYTES",
     "timeout": "FP64",
@@ -82,7 +89,9 @@ class GenerationRequest:
         container: "mp4", or "raw" for uint8 frames.
         fps: frames a second of the MP4.
         preview: whether each step's progress carries a small JPEG.
-        priority: Triton's scheduling priority; None for the model's default.
+        priority_level: 0, the most urgent, to 9; None for the server's default, 5.
+        deadline_ms: milliseconds in which the server must be done denoising; it refuses at once what it cannot finish
+            by then. None for no such limit.
         model: ensemble to call; None for the client's, which is "text_to_video", or "image_to_video" with an image.
         request_id: name of this request in logs and errors; None draws one.
         timeout: seconds for the whole generation; None for the client's limit, `math.inf` for none.
@@ -111,7 +120,8 @@ class GenerationRequest:
     container: str = "mp4"
     fps: int = 16
     preview: bool = False
-    priority: int | None = None
+    priority_level: int | None = None
+    deadline_ms: int | None = None
     model: str | None = None
     request_id: str | None = None
     timeout: float | None = None
@@ -147,12 +157,16 @@ class GenerationRequest:
         for name, datatype in inputs.items():
             value = getattr(self, name)
             if value is not None:
-                message.inputs.add(name=name.upper(), datatype=datatype, shape=[1, 1])
-                message.raw_input_contents.append(_ENCODERS[datatype](value))
+                add_input(message, name.upper(), datatype, value)
         for name, kind in PARAMETERS.items():
             value = getattr(self, name)
             if value is not None:
                 setattr(message.parameters[name], kind, value)
+        return message
+
+    def encode_stream(self, *, model: str, request_id: str) -> Any:
+        """The request as the one message of a stream."""
+        message = self.encode(model=model, request_id=request_id)
         # The ensemble's end is then always said, even when its last response carried the video already.
         message.parameters["triton_enable_empty_final_response"].bool_param = True
         return message
@@ -180,8 +194,14 @@ class GenerationRequest:
         )
 
 
-def _integer(bits: int, *, signed: bool) -> Callable[[str, Any], int]:
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+def add_input(message: Any, name: str, datatype: str, value: Any) -> None:
+    """Adds one value to a `ModelInferRequest`, as a tensor [1, 1]."""
+    message.inputs.add(name=name, datatype=datatype, shape=[1, 1])
+    message.raw_input_contents.append(_ENCODERS[datatype](value))
+
+
+def _integer(bits: int) -> Callable[[str, Any], int]:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
     def check(name: str, value: Any) -> int:
         if isinstance(value, bool):
@@ -230,9 +250,8 @@ def _file(name: str, value: Any) -> bytes:
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "BYTES": _text,
     "FILE": _file,
-    "INT32": _integer(32, signed=True),
-    "INT64": _integer(64, signed=True),
-    "UINT64": _integer(64, signed=False),
+    "INT32": _integer(32),
+    "INT64": _integer(64),
     "FP64": _real,
     "BOOL": _boolean,
 }

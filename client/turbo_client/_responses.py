@@ -53,7 +53,7 @@ class StageResponse:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
+class Tensor:
     datatype: str
     shape: tuple[int, ...]
     content: bytes
@@ -68,88 +68,88 @@ def decode_response(message: Any, *, request_id: str) -> StageResponse | None:
     if not message.outputs:
         return None
     try:
-        tensors = _tensors(message)
+        tensors = read_tensors(message, OUTPUTS)
         missing = [name for name in _REQUIRED if name not in tensors]
         if missing:
-            raise _Malformed(f"has no {', '.join(missing)}")
+            raise Malformed(f"has no {', '.join(missing)}")
         return StageResponse(
-            stage=_text("STAGE", _bytes(tensors, "STAGE")),
+            stage=read_text("STAGE", read_bytes(tensors, "STAGE")),
             step=_int32(tensors, "STEP"),
             num_steps=_int32(tensors, "STEP_COUNT"),
-            preview=_bytes(tensors, "PREVIEW"),
-            video=_bytes(tensors, "VIDEO"),
+            preview=read_bytes(tensors, "PREVIEW"),
+            video=read_bytes(tensors, "VIDEO"),
             frames=_frames(tensors),
-            report=_report(_bytes(tensors, "REPORT")),
+            report=read_report(read_bytes(tensors, "REPORT")),
         )
-    except _Malformed as error:
+    except Malformed as error:
         raise MalformedResponseError(
             f"a response of model {message.model_name!r} {error}", request_id=request_id
         ) from None
 
 
-class _Malformed(Exception):
+class Malformed(Exception):
     """What is wrong with a response, without the request that it belongs to."""
 
 
-def _tensors(message: Any) -> dict[str, _Tensor]:
+def read_tensors(message: Any, types: Mapping[str, str]) -> dict[str, Tensor]:
     if len(message.outputs) != len(message.raw_output_contents):
-        raise _Malformed(f"has {len(message.outputs)} outputs but {len(message.raw_output_contents)} raw contents")
+        raise Malformed(f"has {len(message.outputs)} outputs but {len(message.raw_output_contents)} raw contents")
     tensors = {}
     for output, content in zip(message.outputs, message.raw_output_contents, strict=True):
-        expected = OUTPUTS.get(output.name)
+        expected = types.get(output.name)
         if expected is None:
             continue  # a newer server may say more
         if output.datatype != expected:
-            raise _Malformed(f"has {output.name} of type {output.datatype}, not {expected}")
-        tensors[output.name] = _Tensor(output.datatype, tuple(output.shape), content)
+            raise Malformed(f"has {output.name} of type {output.datatype}, not {expected}")
+        tensors[output.name] = Tensor(output.datatype, tuple(output.shape), content)
     return tensors
 
 
-def _bytes(tensors: dict[str, _Tensor], name: str) -> bytes:
+def read_bytes(tensors: dict[str, Tensor], name: str) -> bytes:
     """The only element of a BYTES tensor; empty when the tensor is absent or has zero size."""
     tensor = tensors.get(name)
     if tensor is None or 0 in tensor.shape:
         return b""
     if math.prod(tensor.shape) != 1 or len(tensor.content) < 4:
-        raise _Malformed(f"has {name} of shape {list(tensor.shape)} in {len(tensor.content)} bytes, not one element")
+        raise Malformed(f"has {name} of shape {list(tensor.shape)} in {len(tensor.content)} bytes, not one element")
     (length,) = struct.unpack_from("<I", tensor.content)
     if length != len(tensor.content) - 4:
-        raise _Malformed(f"has {name} cut short: {len(tensor.content) - 4} of {length} bytes")
+        raise Malformed(f"has {name} cut short: {len(tensor.content) - 4} of {length} bytes")
     return tensor.content[4:]
 
 
-def _int32(tensors: dict[str, _Tensor], name: str) -> int:
+def _int32(tensors: dict[str, Tensor], name: str) -> int:
     tensor = tensors[name]
     if math.prod(tensor.shape) != 1 or len(tensor.content) != 4:
-        raise _Malformed(f"has {name} of shape {list(tensor.shape)}, not one element")
+        raise Malformed(f"has {name} of shape {list(tensor.shape)}, not one element")
     return int(struct.unpack("<i", tensor.content)[0])
 
 
-def _frames(tensors: dict[str, _Tensor]) -> NDArray[np.uint8] | None:
+def _frames(tensors: dict[str, Tensor]) -> NDArray[np.uint8] | None:
     tensor = tensors.get("FRAMES")
     if tensor is None or 0 in tensor.shape:
         return None
     if len(tensor.shape) != 5 or tensor.shape[0] != 1 or tensor.shape[4] != 3 or min(tensor.shape) < 0:
-        raise _Malformed(f"has FRAMES of shape {list(tensor.shape)}, not [1, F, H, W, 3]")
+        raise Malformed(f"has FRAMES of shape {list(tensor.shape)}, not [1, F, H, W, 3]")
     if math.prod(tensor.shape) != len(tensor.content):
-        raise _Malformed(f"has FRAMES of shape {list(tensor.shape)} in {len(tensor.content)} bytes")
+        raise Malformed(f"has FRAMES of shape {list(tensor.shape)} in {len(tensor.content)} bytes")
     return np.frombuffer(tensor.content, np.uint8).reshape(tensor.shape[1:])
 
 
-def _text(name: str, content: bytes) -> str:
+def read_text(name: str, content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError:
-        raise _Malformed(f"has {name} that is not UTF-8") from None
+        raise Malformed(f"has {name} that is not UTF-8") from None
 
 
-def _report(content: bytes) -> dict[str, Any] | None:
+def read_report(content: bytes) -> dict[str, Any] | None:
     if not content:
         return None
     try:
         report = json.loads(content)
     except (ValueError, RecursionError):
-        raise _Malformed("has a REPORT that is not JSON") from None
+        raise Malformed("has a REPORT that is not JSON") from None
     if not isinstance(report, dict):
-        raise _Malformed("has a REPORT that is not a JSON object")
+        raise Malformed("has a REPORT that is not a JSON object")
     return report

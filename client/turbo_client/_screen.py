@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turbo_client._generation import Progress
+from turbo_client._jobs import JobStatus
 from turbo_client._manifest import Manifest
 from turbo_client._status import ServerStatus
 from turbo_client._video import Video
@@ -193,6 +195,22 @@ def status_table(status: ServerStatus) -> RenderableType:
         reason = "" if model.ready else printable(model.reason)
         state = Text(printable(model.state.lower()), style="" if model.ready else "red")
         table.add_row(mark, printable(model.name), state, Text(reason, style="dim"))
+    return table
+
+
+def jobs_table(jobs: Sequence[JobStatus]) -> RenderableType:
+    """Jobs as lines of id, state, what was reported last, size of the video, and what went wrong; for stdout."""
+    table = Table.grid(padding=(0, 2))
+    styles = {"done": "green", "failed": "red", "cancelled": "yellow", "interrupted": "yellow"}
+    for job in jobs:
+        last = f"{_STAGE_NAMES.get(job.stage, job.stage)} {job.step}/{job.num_steps}" if job.stage else ""
+        table.add_row(
+            printable(job.job_id),
+            Text(printable(job.state), style=styles.get(job.state, "")),
+            printable("" if job.state == "done" else last),
+            bytes_text(job.video_bytes) if job.video_bytes else "",
+            Text(printable(job.error).replace("\n", " "), style="dim"),
+        )
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from turbo_client._connection import ChannelOption, Connection
 from turbo_client._errors import DeadlineExceededError, UnavailableError, UnreachableError
 from turbo_client._generation import Generation
+from turbo_client._jobs import Wait, choose_job_id, encode_submission
 from turbo_client._protocol import ModelReadyRequest, ServerReadyRequest
 from turbo_client._requests import GenerationRequest
 from turbo_client._settings import TLS, RetryPolicy, Timeout
@@ -101,6 +103,16 @@ class Session:
     def _generation(self, request: GenerationRequest) -> Generation:
         model = self.model or request.ensemble
         return Generation(request, model=model, timeout=self.timeout.total, retries=self.retries)
+
+    def _wait(self, job_id: str, operation: str, timeout: float | None) -> Wait:
+        limit = self.timeout.total if timeout is None else timeout
+        return Wait(job_id, operation, timeout=None if limit == math.inf else limit, retries=self.retries)
+
+    def _submission(self, request: GenerationRequest) -> tuple[str, Any]:
+        """A job's id and the message that submits it."""
+        job_id = choose_job_id(request)
+        model = request.model or self.model or request.ensemble
+        return job_id, encode_submission(request, job_id=job_id, model=model)
 
     def _readiness(self) -> tuple[str, Any, str]:
         """The call that tells whether the client's model serves, its message, and what to say when it does not."""

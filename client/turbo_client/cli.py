@@ -13,49 +13,22 @@ Results go to stdout, everything for people to stderr. Exit codes:
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json as json_format
-import os
 import signal
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, NoReturn
 
 import typer
 
-from turbo_client import __version__
+from turbo_client import __version__, _jobs_cli
 from turbo_client._client import Client
-from turbo_client._errors import (
-    APIError,
-    DeadlineExceededError,
-    InvalidArgumentError,
-    ManifestError,
-    TurboDiffusionError,
-    UnreachableError,
-)
-from turbo_client._files import atomic_file
 from turbo_client._manifest import read_manifest
-from turbo_client._options import ConnectionOptions, OutputOptions, ParameterOptions, UsageError, spread
+from turbo_client._options import ConnectionOptions, OutputOptions, ParameterOptions, UsageError
+from turbo_client._outcome import command, print_json
+from turbo_client._output import check_output, check_preview_dir, result_object, save, save_preview
 from turbo_client._requests import GenerationRequest
 from turbo_client._screen import Screen, manifest_table, status_table, stdout_console
 from turbo_client._video import Video
-
-#: The first class that an exception belongs to decides. The last one is for bugs: TURBO_DEBUG=1 shows where.
-EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
-    (UsageError, 2),
-    (InvalidArgumentError, 2),
-    (ManifestError, 2),
-    (UnreachableError, 3),
-    (DeadlineExceededError, 4),
-    (TurboDiffusionError, 1),
-    (OSError, 1),
-    (KeyboardInterrupt, 130),
-    (Exception, 1),
-)
-
-_Result = TypeVar("_Result")
 
 app = typer.Typer(
     name="turbodiffusion",
@@ -65,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(_jobs_cli.app, name="jobs")
 
 
 def main() -> None:
@@ -78,47 +52,6 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _explained(command: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Turns what went wrong into one line and an exit code."""
-
-    @functools.wraps(command)
-    def call(**values: Any) -> _Result:
-        try:
-            return command(**values)
-        except BrokenPipeError:
-            # Whoever read our stdout has gone; Python would complain again when flushing it at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
-        except typer.Exit:
-            raise
-        except tuple(kind for kind, _ in EXIT_CODES) as error:
-            if os.environ.get("TURBO_DEBUG"):
-                raise
-            code = next(code for kind, code in EXIT_CODES if isinstance(error, kind))
-            message = _one_line(error)
-            if values.get("json"):
-                _print_json({"error": _error_object(error, message, code)})
-            Screen().error(message)
-            raise typer.Exit(code) from None
-
-    return call
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, (UsageError, TurboDiffusionError, OSError)):
-        return str(error)
-    return f"unexpected {type(error).__name__}: {error} (a bug; TURBO_DEBUG=1 shows where)"
-
-
-def _command(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        return app.command()(_explained(spread(*groups)(command)))
-
-    return decorate
-
-
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
@@ -128,7 +61,7 @@ def _root(
         raise typer.Exit
 
 
-@_command(ParameterOptions, OutputOptions, ConnectionOptions)
+@command(app, ParameterOptions, OutputOptions, ConnectionOptions)
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the video shows; - reads it from stdin.", show_default=False)],
     parameters: ParameterOptions,
@@ -158,13 +91,12 @@ def generate(
         output = Path("out.npy" if container == "raw" else "out.mp4")
     if (container == "raw") != (output.suffix == ".npy"):
         raise UsageError(f"{output} does not fit --container {container}: raw frames are written as .npy")
-    text = _read_stdin() if prompt == "-" else prompt
-    request = parameters.request(text, container=container, preview=delivery.preview_dir is not None)
+    request = parameters.request(prompt, container=container, preview=delivery.preview_dir is not None)
     with connection.client() as client:
         _run(client, request, output, delivery)
 
 
-@_command(OutputOptions, ConnectionOptions)
+@command(app, OutputOptions, ConnectionOptions)
 def replay(
     file: Annotated[Path, typer.Argument(help="MP4 made by this system.", exists=True, dir_okay=False)],
     delivery: OutputOptions,
@@ -186,7 +118,7 @@ def replay(
         Screen().warn(difference)
 
 
-@_command()
+@command(app)
 def info(
     file: Annotated[Path, typer.Argument(help="MP4 made by this system.", exists=True, dir_okay=False)],
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
@@ -194,12 +126,12 @@ def info(
     """Show how the video of FILE was made."""
     manifest = read_manifest(file)
     if json:
-        _print_json(dict(manifest.raw))
+        print_json(dict(manifest.raw))
     else:
         stdout_console().print(manifest_table(manifest))
 
 
-@_command(ConnectionOptions)
+@command(app, ConnectionOptions)
 def status(
     connection: ConnectionOptions,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -208,7 +140,7 @@ def status(
     with connection.client() as client:
         found = client.status()
     if json:
-        _print_json({"url": connection.url, **dataclasses.asdict(found)})
+        print_json({"url": connection.url, **dataclasses.asdict(found)})
     else:
         state = "ready" if found.ready else "live, not ready" if found.live else "not live"
         console = stdout_console()
@@ -218,11 +150,21 @@ def status(
         raise typer.Exit(1)
 
 
+@command(app, ConnectionOptions)
+def cancel(
+    request_id: Annotated[str, typer.Argument(help="Id of a running generation.", show_default=False)],
+    connection: ConnectionOptions,
+) -> None:
+    """Cancel a running generation of any client by its request id (a job: `jobs cancel`)."""
+    with connection.client() as client:
+        client.cancel(request_id)
+
+
 def _run(client: Client, request: GenerationRequest, output: Path, delivery: OutputOptions) -> Video:
     """Generates, shows progress, writes the files, and prints the result."""
-    _check_output(output, force=delivery.force)
+    check_output(output, force=delivery.force)
     if delivery.preview_dir is not None:
-        _check_preview_dir(delivery.preview_dir)
+        check_preview_dir(delivery.preview_dir)
     screen = Screen(quiet=delivery.quiet)
     remark = request.remark()
     if remark is not None and not delivery.quiet:
@@ -231,91 +173,16 @@ def _run(client: Client, request: GenerationRequest, output: Path, delivery: Out
     with screen.progress() as progress_screen, client.stream(**request.arguments()) as stream:
         for progress in stream:
             progress_screen.show(progress)
-            if progress.preview is not None and delivery.preview_dir is not None:
-                with atomic_file(delivery.preview_dir / _preview_name(progress.step, progress.num_steps)) as file:
-                    file.write(progress.preview)
+            save_preview(progress, delivery.preview_dir)
         video = stream.result()
     seconds = time.monotonic() - started
-    if not delivery.force and os.path.lexists(output):
-        raise FileExistsError(f"{output} appeared while the video was made; it was left alone, and nothing was written")
-    video.save(output)
+    save(video, output, force=delivery.force)
     screen.summary(video, seconds)
     if delivery.json:
-        _print_json(_result_object(video, output, seconds))
+        print_json(result_object(video, output, seconds))
     else:
         typer.echo(str(output))
     return video
-
-
-def _preview_name(step: int, num_steps: int) -> str:
-    return f"step_{step}_of_{num_steps}.jpg"
-
-
-def _read_stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode().strip()
-    except UnicodeDecodeError:
-        raise UsageError("the prompt on stdin is not UTF-8") from None
-
-
-def _check_output(output: Path, *, force: bool) -> None:
-    """Refuses before minutes of work what could not be written after them."""
-    if os.path.lexists(output) and not (output.exists() and not output.is_file()) and not force:
-        raise UsageError(f"{output} exists; --force replaces it")
-    if output.exists() and not output.is_file():
-        raise UsageError(f"{output} exists and is not a regular file")
-    _check_writable(output.parent)
-
-
-def _check_preview_dir(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make folder {folder}: {error.strerror}") from None
-    _check_writable(folder)
-
-
-def _check_writable(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UsageError(f"folder {folder} does not exist")
-    # Permission bits say little under network file systems and for root: write something.
-    probe = folder / f".turbodiffusion-{os.getpid()}.part"
-    try:
-        probe.touch(exist_ok=False)
-    except OSError as error:
-        raise UsageError(f"cannot write in folder {folder}: {error.strerror}") from None
-    probe.unlink()
-
-
-def _result_object(video: Video, output: Path, seconds: float) -> dict[str, Any]:
-    return {
-        "path": str(output),
-        "container": video.container,
-        "request_id": video.request_id,
-        "seed": video.seed,
-        "width": video.width,
-        "height": video.height,
-        "num_frames": video.num_frames,
-        "fps": video.fps,
-        "bytes": output.stat().st_size,
-        "seconds": round(seconds, 3),
-        "report": video.report,
-    }
-
-
-def _error_object(error: BaseException, message: str, code: int) -> dict[str, Any]:
-    status = error.code.name if isinstance(error, APIError) and error.code is not None else None
-    return {
-        "type": type(error).__name__,
-        "message": message,
-        "status": status,
-        "request_id": getattr(error, "request_id", None),
-        "exit_code": code,
-    }
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json_format.dumps(value, ensure_ascii=False))
 
 
 if __name__ == "__main__":

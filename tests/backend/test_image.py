@@ -15,13 +15,13 @@ from PIL import Image
 
 from turbo_backend.errors import InvalidArgument
 from turbo_backend.image import (
-    MAX_IMAGE_BYTES,
     crop_box,
     decode_image,
     read_header,
     resize_image,
     to_unit_range,
 )
+from turbo_backend.parameters import MAX_IMAGE_BYTES
 
 GRADIENT = np.stack(np.broadcast_arrays(np.arange(40)[:, None] * 6, np.arange(60)[None] * 4, 90), 2).astype(np.uint8)
 

@@ -30,11 +30,11 @@ from turbo_backend.errors import Cancelled, InvalidArgument, ResourceExhausted, 
 from turbo_backend.manifest import make_manifest
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.umt5 import UMT5Encoder
-from turbo_backend.parameters import MAX_SEED, Delivery
+from turbo_backend.parameters import MAX_PROMPT_BYTES, MAX_SEED, Delivery
 from turbo_backend.stages.denoiser import DenoiserStage
 from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest
 from turbo_backend.stages.experts import ResidentExperts
-from turbo_backend.stages.text_encoder import MAX_PROMPT_BYTES, EncodedPrompt, TextEncoderStage
+from turbo_backend.stages.text_encoder import EncodedPrompt, TextEncoderStage
 from turbo_backend.stages.vae_decoder import DecodedChunk, DecodedVideo, DecodeRequest, VAEDecoderStage
 from turbo_backend.tokenizer import Tokenizer
 

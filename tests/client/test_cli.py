@@ -129,8 +129,9 @@ def test_generate(fake: FakeTriton, tmp_path: Path) -> None:
 def test_every_parameter_is_an_option(run: Run, fake: FakeTriton, tmp_path: Path) -> None:
     options = [
         "--seed", 7, "--num-steps", 1, "--num-frames", 33, "--resolution", "144p", "--aspect-ratio", "9:16",
-        "--sigma-max", 80.5, "--attention-type", "original", "--sla-topk", 0.2, "--ode", "--fps", 24, "--priority", 3,
-        "--request-id", "mine", "--model", "text_to_video_14b", "--api-key-header", "x-key", "--quiet",
+        "--sigma-max", 80.5, "--attention-type", "original", "--sla-topk", 0.2, "--ode", "--fps", 24,
+        "--priority-level", 3, "--request-id", "mine", "--model", "text_to_video_14b", "--api-key-header", "x-key",
+        "--quiet",
     ]  # fmt: skip
     result = run("generate", "狐狸", *options, TURBO_URL=fake.address, TURBO_API_KEY="k1")
     assert (result.returncode, result.stdout, result.stderr) == (0, b"out.mp4\n", b"")
@@ -148,7 +149,7 @@ def test_every_parameter_is_an_option(run: Run, fake: FakeTriton, tmp_path: Path
         "SLA_TOPK": 0.2,
         "ODE": True,
     }
-    assert read_parameters(request) | {"fps": 24, "priority": 3} == read_parameters(request)
+    assert read_parameters(request) | {"fps": 24, "priority_level": 3} == read_parameters(request)
     assert fake.metadata[0]["x-key"] == "k1"
 
 

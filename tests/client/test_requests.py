@@ -12,7 +12,7 @@ from turbo_client import GenerationRequest
 
 
 def encode(request: GenerationRequest):
-    return request.encode(model="text_to_video", request_id="r1")
+    return request.encode_stream(model="text_to_video", request_id="r1")
 
 
 def test_defaults_that_depend_on_the_model_are_not_sent() -> None:
@@ -38,7 +38,7 @@ def test_defaults_that_depend_on_the_model_are_not_sent() -> None:
 def test_everything_that_is_set_is_sent() -> None:
     request = GenerationRequest(
         "狐狸", seed=2**63 - 1, num_steps=2, num_frames=33, resolution="144p", aspect_ratio="1:1", sigma_max=80,
-        attention_type="sla", sla_topk=0.5, ode=True, container="raw", fps=24, preview=True, priority=2,
+        attention_type="sla", sla_topk=0.5, ode=True, container="raw", fps=24, preview=True, priority_level=2,
     )  # fmt: skip
     message = encode(request)
     assert read_inputs(message) == {
@@ -53,7 +53,7 @@ def test_everything_that_is_set_is_sent() -> None:
         "SLA_TOPK": 0.5,
         "ODE": True,
     }
-    assert message.parameters["priority"].uint64_param == 2
+    assert message.parameters["priority_level"].int64_param == 2
     assert read_parameters(message)["container"] == "raw"
     assert read_parameters(message)["fps"] == 24
 
@@ -75,7 +75,7 @@ def test_numpy_scalars_are_python_scalars() -> None:
     ("field", "value"),
     [("prompt", b"a"), ("prompt", None), ("seed", 1.5), ("seed", "1"), ("seed", True), ("num_steps", None),
      ("num_frames", 3.0), ("sigma_max", "80"), ("sigma_max", True), ("sla_topk", None), ("ode", 1), ("ode", "no"),
-     ("preview", 0), ("resolution", 480), ("container", None), ("priority", 1.0), ("timeout", "1")],
+     ("preview", 0), ("resolution", 480), ("container", None), ("priority_level", 1.0), ("timeout", "1")],
 )  # fmt: skip
 def test_wrong_types_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(TypeError, match=rf"^{field} = "):
@@ -84,8 +84,8 @@ def test_wrong_types_are_refused_by_name(field: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("seed", 2**63), ("seed", -(2**63) - 1), ("num_steps", 2**31), ("num_frames", -(2**31) - 1), ("priority", -1),
-     ("prompt", "\ud800"), ("timeout", 0.0), ("timeout", -1), ("timeout", float("nan"))],
+    [("seed", 2**63), ("seed", -(2**63) - 1), ("num_steps", 2**31), ("num_frames", -(2**31) - 1),
+     ("priority_level", 2**63), ("prompt", "\ud800"), ("timeout", 0.0), ("timeout", -1), ("timeout", float("nan"))],
 )  # fmt: skip
 def test_values_that_the_wire_cannot_hold_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^{field}\b"):
@@ -110,7 +110,7 @@ def test_image_from_bytes_or_a_path(tmp_path: Path) -> None:
         for source in (b"\x89PNG and more \xff", tmp_path / "a.png", str(tmp_path / "a.png"))
     ]
     assert requests[0] == requests[1] == requests[2]
-    message = requests[0].encode(model="image_to_video", request_id="r1")
+    message = requests[0].encode_stream(model="image_to_video", request_id="r1")
     found = dict(zip([tensor.name for tensor in message.inputs], message.raw_input_contents, strict=True))
     assert found["IMAGE"] == b"\x0f\0\0\0\x89PNG and more \xff"
     assert set(found) >= {"BOUNDARY", "ADAPTIVE_RESOLUTION", "FIT"}

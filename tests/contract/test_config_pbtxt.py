@@ -28,7 +28,7 @@ def string_constants(name: str) -> set[str]:
 
 def test_repository_holds_the_documented_models() -> None:
     networks = {"text_encoder", "image_encoder", "denoiser", "vae_decoder"}
-    assert networks | set(ENSEMBLES) <= set(MODELS)
+    assert networks | set(ENSEMBLES) | {"jobs"} == set(MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -137,8 +137,21 @@ def test_sdk_speaks_the_ensembles_tensors() -> None:
         assert dict(OUTPUTS) == wire_types(ensemble.output)
 
 
+def test_jobs_take_what_the_ensembles_do_and_the_sdk_speaks_it() -> None:
+    from turbo_client._jobs import INPUTS, OUTPUTS
+
+    jobs = read_config("jobs")
+    own = {name: kind for name, kind in wire_types(jobs.input).items() if name in INPUTS}
+    assert own == dict(INPUTS)
+    ensembles = wire_types(read_config("image_to_video").input)
+    assert {name: kind for name, kind in wire_types(jobs.input).items() if name not in INPUTS} == ensembles
+    assert [tensor.name for tensor in jobs.input if not tensor.optional] == ["OPERATION"]
+    assert wire_types(jobs.output) == dict(OUTPUTS)
+
+
 def test_sdk_sends_the_delivery_parameters_that_the_server_reads() -> None:
-    from turbo_backend.parameters import Delivery
+    from turbo_backend.parameters import Delivery, Scheduling
     from turbo_client._requests import PARAMETERS
 
-    assert set(PARAMETERS) == {field.name for field in dataclasses.fields(Delivery)} | {"priority"}
+    read = {field.name for kind in (Delivery, Scheduling) for field in dataclasses.fields(kind)}
+    assert set(PARAMETERS) == read - {"durable"}, "the jobs model alone says `durable`"

@@ -8,11 +8,11 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from turbo_backend.config import MODELS
+from turbo_backend.config import MODELS, name_ensembles
 from turbo_backend.errors import Misconfigured
 from turbo_backend.server.repository import find_model_repository, render_repository
 
-STEPS = {"text_encoder", "denoiser", "vae_decoder"}
+STEPS = {"text_encoder", "denoiser", "vae_decoder", "jobs"}
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,15 @@ def test_several_networks_share_text_encoder_and_vae(tmp_path: Path) -> None:
     }
     assert set(configs) == {
         "text_encoder", "vae_decoder", "text_to_video", "denoiser", "text_to_video_14b", "denoiser_14b",
-        "image_to_video", "image_encoder", "denoiser_a14b",
+        "image_to_video", "image_encoder", "denoiser_a14b", "jobs",
     }  # fmt: skip
+    ensembles = name_ensembles(models)
+    assert {name: model.name for name, model in ensembles.items()} == {
+        name: configs[name.replace("text_to_video", "denoiser").replace("image_to_video", "image_encoder")]
+        .parameters["TURBO_MODEL"]
+        .string_value
+        for name in ensembles
+    }
     assert all(config.name == name for name, config in configs.items())
     steps = {
         name: [step.model_name for step in config.ensemble_scheduling.step]

@@ -46,7 +46,13 @@ def test_settings_survive_the_environment(tmp_path: Path) -> None:
         "TURBO_EXPERT_PLACEMENT": "swapped",
         "TURBO_MAX_BATCH_SIZE": "2",
         "TURBO_BATCH_INVARIANT": "false",
-        "TURBO_MAX_QUEUE_SIZE": "7",
+        "TURBO_MAX_QUEUE_SIZE": "9",
+        "TURBO_JOB_STORE": "s3://bucket/jobs",
+        "TURBO_JOB_CONCURRENCY": "3",
+        "TURBO_JOB_RESUME": "false",
+        "TURBO_JOB_ATTEMPTS": "5",
+        "TURBO_JOB_MAX_AGE_HOURS": "1.5",
+        "TURBO_JOB_MAX_BYTES": "2000000",
     }
     settings = Settings.from_environment(environment)
     assert settings.dit_checkpoint == (high, low)

@@ -26,8 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Serves TurboDiffusion models on NVIDIA Triton Inference Server. Without a command: serve.",
 )
-#: In ten minutes; what dies more often will not get well by itself.
-MAX_RESTARTS = 5
 #: Commands that need no torch; the others are imported only when they are called for (torch takes seconds).
 _OWN_COMMANDS = ("serve", "doctor", "settings")
 
@@ -104,12 +102,15 @@ def serve_command(
     restart: Annotated[
         bool, typer.Option("--restart/--no-restart", help="Restart tritonserver when it or a model process dies.")
     ] = True,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="In ten minutes; what dies more often will not get well by itself.")
+    ] = 5,
 ) -> None:
     """Start Triton and serve until SIGTERM or Ctrl-C.
 
     Prints one line to standard output when every model is loaded and warm: `ready grpc=HOST:PORT http=URL metrics=URL
-    model=NAME pid=N`, and again after each restart, of which there are at most 5 in 10 minutes; then the exit status is
-    1, as it is at the first death with --no-restart. Options override the environment variables named beside them.
+    model=NAME pid=N`, and again after each restart, of which there are at most --max-restarts in 10 minutes; then the
+    exit status is 1, as it is at the first death with --no-restart. Options override the variables named beside them.
     """
     if triton_options and not triton_options[0].startswith("--"):
         raise typer.BadParameter(f"unexpected {triton_options[0]!r}; options of tritonserver come after `--`")
@@ -140,7 +141,7 @@ def serve_command(
         log_verbose=log_verbose,
         ready_timeout=timeout,
         exit_timeout=exit_timeout,
-        restarts=MAX_RESTARTS if restart else 0,
+        restarts=max_restarts if restart else 0,
     )
     raise typer.Exit(serve(server, ",".join(settings.models)))
 

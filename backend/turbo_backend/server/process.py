@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from turbo_backend.cancellation import FOLDER_VARIABLE, Cancellations
+from turbo_backend.cancellation import FOLDER_VARIABLE, STOPPING, Cancellations
 from turbo_backend.errors import Misconfigured
 from turbo_backend.server import supervisor
 from turbo_backend.server.backend_directory import (
@@ -60,10 +60,10 @@ _OWN_OPTIONS = {
     "log-verbose": "--log-verbose of turbodiffusion-server, before `--`",
 }
 _START_ATTEMPTS = 5
+#: Folder that the model processes share, beside the server's other temporary ones.
+_CANCELLATIONS = "cancellations"
 #: How long it takes at most to see that nothing is in flight.
 _IDLE_LOOK_SECONDS = 0.65
-#: What requests in flight may still take when a model process has died: Triton would never end by itself then.
-_RESTART_GRACE_SECONDS = 5.0
 _TAIL_BYTES = 1 << 16
 _TAIL_LINES = 30
 _TAIL_WIDTH = 400
@@ -91,6 +91,8 @@ class TritonServer:
         exit_timeout: seconds that requests in flight may hold up a stop.
         restarts: how often in ten minutes the server is restarted, on the same ports, when it or one of its model
             processes dies; at the next death it ends for good. Absent: nobody looks, and Triton stays as it is.
+        restart_grace: seconds that requests in flight may still take when a model process has died: Triton would never
+            end by itself then.
 
     Attributes:
         grpc_url, http_url, metrics_url: where it listens; gRPC as `host:port`, the others with scheme.
@@ -115,6 +117,7 @@ class TritonServer:
         ready_timeout: float = 600.0,
         exit_timeout: float = 30.0,
         restarts: int | None = None,
+        restart_grace: float = 5.0,
     ) -> None:
         _check_options(options)
         if log_to_stderr and log_path is not None:
@@ -136,6 +139,7 @@ class TritonServer:
         self._ready_timeout = ready_timeout
         self._exit_timeout = exit_timeout
         self._restarts = restarts
+        self._restart_grace = restart_grace
         self._watchdog: Watchdog | None = None
         self._stopping = threading.Event()
         self._models: ModelProcesses | None = None
@@ -161,7 +165,7 @@ class TritonServer:
     def cancellations(self) -> Cancellations:
         """Where requests of the running server are given up, by their id."""
         assert self._folder is not None
-        return Cancellations(self._folder / "cancellations")
+        return Cancellations(self._folder / _CANCELLATIONS)
 
     @property
     def shm_prefix(self) -> str:
@@ -205,7 +209,7 @@ class TritonServer:
             return
 
         def restart() -> None:
-            self._end(_RESTART_GRACE_SECONDS)
+            self._end(self._restart_grace)
             self._start_once(self._ports)
             if on_ready is not None:
                 on_ready()
@@ -255,6 +259,7 @@ class TritonServer:
         deadline = time.monotonic() + seconds
         ran = self._process is not None and self._process.poll() is None
         if ran and seconds > _IDLE_LOOK_SECONDS:
+            self._end_jobs()
             self._drain(seconds)
         code = self._end(max(0.0, deadline - time.monotonic()))
         if ran and code == 137 and seconds > 0:
@@ -278,7 +283,7 @@ class TritonServer:
         return self._models.find_dead()
 
     def _give_up(self) -> None:
-        self._final_code = self._end(_RESTART_GRACE_SECONDS)
+        self._final_code = self._end(self._restart_grace)
 
     def _start_once(self, ports: tuple[int, ...]) -> None:
         installation = self._installation or find_triton()
@@ -303,6 +308,11 @@ class TritonServer:
                 logger.warning("port %s was taken by another process; starting anew", ", ".join(map(str, lost)))
                 continue
             raise Misconfigured(f"tritonserver ended with status {code} before it was ready{tail}")
+
+    def _end_jobs(self) -> None:
+        """Tells the jobs that the server stops: they go on with its next start, and need not be waited for."""
+        with contextlib.suppress(OSError):  # on a full disk they are waited for
+            self.cancellations.request(STOPPING)
 
     def _drain(self, seconds: float) -> None:
         """Begins the stop and returns when what is in flight has ended; see `turbo_backend.server.drain`."""
@@ -353,7 +363,7 @@ class TritonServer:
         self._folder = Path(tempfile.mkdtemp(prefix=f"{self._server_id}-"))
         backends = assemble_backend_directory(installation, self._folder)
         environment = server_environment(installation, self._folder, {**os.environ, **self._environment})
-        environment[FOLDER_VARIABLE] = str(self._folder / "cancellations")
+        environment[FOLDER_VARIABLE] = str(self._folder / _CANCELLATIONS)
         ours, theirs = socket.socketpair()
         arguments = [
             sys.executable, "-I", "-S", supervisor.__file__,

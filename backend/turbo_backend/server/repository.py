@@ -14,7 +14,7 @@ from turbo_backend.errors import Misconfigured
 FOLDER_NAME = "model_repository"
 CONFIG_NAME = "config.pbtxt"
 #: Models that serve every network of a server; each network has the other ones for itself.
-_SHARED = ("text_encoder", "vae_decoder")
+_SHARED = ("text_encoder", "vae_decoder", "jobs")
 
 
 def find_model_repository(explicit: Path | None = None) -> Path:
@@ -36,10 +36,10 @@ def find_model_repository(explicit: Path | None = None) -> Path:
 
 
 def render_repository(committed: Path, models: Sequence[ModelConfig], folder: Path) -> Path:
-    """Writes to `folder` what serving some networks takes: an ensemble for each, and the models that these name.
+    """Writes to `folder` what serving some networks takes: an ensemble for each, the models that these name, and jobs.
 
     So a server of a text model loads no image encoder, and a server of an image model offers no `text_to_video`.
-    Text encoder and VAE are shared; denoisers and image encoders are one for each network. The first network that
+    Text encoder, VAE and jobs are shared; denoisers and image encoders are one for each network. The first network that
     takes a name has it plain, the next ones with their suffix: `text_to_video`, `text_to_video_14b`.
 
     Raises:
@@ -47,7 +47,7 @@ def render_repository(committed: Path, models: Sequence[ModelConfig], folder: Pa
     """
     folder.mkdir(parents=True)
     for model in models:
-        steps = _step_names(committed / model.ensemble / CONFIG_NAME)
+        steps = [*_step_names(committed / model.ensemble / CONFIG_NAME), "jobs"]
         own = [name for name in (model.ensemble, *steps) if name not in _SHARED]
         names = {name: f"{name}_{model.suffix}" if (folder / name).exists() else name for name in own}
         parameters = {"TURBO_MODEL": model.name, "TURBO_ENSEMBLE": names[model.ensemble]} if len(models) > 1 else {}

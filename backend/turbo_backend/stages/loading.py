@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from turbo_backend.checkpoints import (
 )
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import Misconfigured, TurboError
+from turbo_backend.manifest import device_name, versions
 from turbo_backend.memory import free_bytes, settle_gpu
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
@@ -111,13 +112,17 @@ def load_image_encoder(settings: Settings) -> ImageEncoderStage:
 
 
 def load_denoiser(
-    settings: Settings, *, cancellations: Cancellations | None = None, store: StepStore | None = None
+    settings: Settings,
+    *,
+    cancellations: Cancellations | None = None,
+    open_store: Callable[[Mapping[str, object]], StepStore | None] | None = None,
 ) -> DenoiserStage:
     """The denoiser stage, its kernels checked, loaded and warm.
 
     Args:
         cancellations: where its requests are given up.
-        store: where the steps of durable requests are kept.
+        open_store: gives the place where the steps of durable requests are kept, from all that decides their bits
+            besides a request; None where none are kept.
 
     Raises:
         Misconfigured: the chosen kernels give wrong numbers on this machine.
@@ -131,6 +136,16 @@ def load_denoiser(
     layout = DenoiserLayout(model.dit, quant_linear=settings.quant_linear)
     paths = files.dit if files else (None,) * model.num_experts
     experts, fingerprint = _load_experts(layout, paths, settings)
+    decisive: dict[str, object] = {
+        "model": model.name,
+        "checkpoint_dir": str(settings.checkpoint_dir),
+        "weights": fingerprint,
+        "linear_kind": experts.select(0).linear_kind,
+        "provider": settings.provider,
+        "dtype": str(settings.dtype),
+        "device": device_name(settings.device),
+        "versions": versions(),
+    }
     # On a GPU a sample's bits depend on how many share its products; on a CPU they do not.
     shares_forwards = settings.device.type == "cpu" or not settings.batch_invariant
     stage = DenoiserStage(
@@ -149,7 +164,7 @@ def load_denoiser(
         },
         max_queue_size=settings.max_queue_size,
         cancellations=cancellations,
-        store=store,
+        store=None if open_store is None else open_store(decisive),
     )
     _warm_denoiser(stage, model)
     return stage

@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from turbo_backend.errors import InvalidArgument, TurboError
 from turbo_backend.memory import as_turbo_error, gpu_peak
 from turbo_backend.nets.umt5 import UMT5Encoder
+from turbo_backend.parameters import MAX_PROMPT_BYTES
 from turbo_backend.tokenizer import Tokenizer, clean_prompt
-
-#: Longer prompts are refused before they are tokenized; no 512-token prompt comes near it.
-MAX_PROMPT_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,12 +6,13 @@ import torch
 
 from turbo_backend import triton_adapter as triton
 from turbo_backend.cancellation import Cancellations
-from turbo_backend.errors import Cancelled, TurboError
+from turbo_backend.errors import Cancelled, TurboError, error_to_report
+from turbo_backend.jobs.steps import open_step_files
 from turbo_backend.manifest import merge_reports
 from turbo_backend.memory import as_turbo_error
 from turbo_backend.parameters import make_delivery, make_scheduling
 from turbo_backend.stages.denoiser import COUNTERS
-from turbo_backend.stages.denoiser_request import DenoiseRequest
+from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest
 from turbo_backend.stages.loading import load_denoiser
 
 #: Optional inputs, checked by the stage.
@@ -35,14 +36,17 @@ EMPTY_LATENTS = torch.empty(16, 0, 0, 0)
 class TritonPythonModel:
     def initialize(self, args):
         self._cancellations = Cancellations.of_server()
-        self._stage = load_denoiser(triton.read_settings(args), cancellations=self._cancellations)
+        settings = triton.read_settings(args)
+        self._stage = load_denoiser(
+            settings, cancellations=self._cancellations, open_store=partial(open_step_files, settings)
+        )
         counters = {name: triton.Counter(name, *about) for name, about in COUNTERS.items()}
         self._stage.start(count=lambda name, label, amount: counters[name].increment(label, amount))
 
     def execute(self, requests):
         """Hands the requests over; they are answered as their steps are done."""
         for request in requests:
-            answer = partial(self._answer, request.get_response_sender(), request.request_id())
+            answer = _Caller(request)
             try:
                 self._stage.submit(self._read(request), answer)
             except Exception as error:
@@ -70,11 +74,25 @@ class TritonPythonModel:
             scheduling=make_scheduling(parameters),
         )
 
-    def _answer(self, sender, request_id, update):
-        if isinstance(update, TurboError):
-            triton.send(sender, triton.error_response(update, request_id), final=True)
+
+class _Caller:
+    """Gives one request its answers."""
+
+    def __init__(self, request):
+        self._sender, self._request_id = request.get_response_sender(), request.request_id()
+        # Triton 2.51 never releases an ensemble that fails while another of its steps runs, and tells no error's status
+        # to the jobs: the next model, which may be at work on the last step, ends the request then.
+        self._next_fails = triton.is_durable(request)
+
+    def __call__(self, update):
+        if not isinstance(update, TurboError):
+            self._next_fails = True
+            triton.send(self._sender, _respond(update), final=update.report is not None)
+        elif not self._next_fails:
+            triton.send(self._sender, triton.error_response(update, self._request_id), final=True)
         else:
-            triton.send(sender, _respond(update), final=update.report is not None)
+            told = DenoisedStep(step=0, step_count=0, cancel_token="", report=error_to_report(update))
+            triton.send(self._sender, _respond(told), final=True)
 
 
 def _respond(update):

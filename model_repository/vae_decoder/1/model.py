@@ -2,12 +2,13 @@
 
 import json
 import threading
+from functools import partial
 
 import numpy as np
 
 from turbo_backend import triton_adapter as triton
 from turbo_backend.cancellation import Cancellations
-from turbo_backend.errors import TurboError
+from turbo_backend.errors import TurboError, raise_reported
 from turbo_backend.memory import as_turbo_error
 from turbo_backend.parameters import make_delivery
 from turbo_backend.stages.loading import load_vae_decoder
@@ -28,8 +29,10 @@ class TritonPythonModel:
 
     def execute(self, requests):
         for request in requests:
-            sender, request_id = request.get_response_sender(), request.request_id()
+            sender = request.get_response_sender()
+            fail = triton.make_failure(request, sender, partial(_respond, "error", 0, 0))
             try:
+                raise_reported(triton.read_json(request, "DENOISER_REPORT"))
                 latents = triton.read_tensor(request, "LATENTS")
                 is_last = latents.shape[1] > 0
                 # Triton tells that a caller is gone to the models that it calls from then on, which is this one alone.
@@ -39,11 +42,10 @@ class TritonPythonModel:
                     self._cancellations.request(triton.read_scalar(request, "CANCEL_TOKEN"))
                 if is_last:
                     with self._changed:
-                        self._waiting.append((sender, request_id, self._read(request, latents)))
+                        self._waiting.append((sender, fail, self._read(request, latents)))
                         self._changed.notify()
             except Exception as error:
-                response = triton.error_response(as_turbo_error(error, "vae_decoder"), request_id)
-                triton.send(sender, response, final=True)
+                fail(as_turbo_error(error, "vae_decoder"))
 
     def finalize(self):
         with self._changed:
@@ -74,8 +76,8 @@ class TritonPythonModel:
                 self._decode(batch, waiting)
             except Exception as error:  # one batch's trouble must not end the worker, nor leave a caller without answer
                 told = as_turbo_error(error, "vae_decoder")
-                for sender, request_id, _ in waiting.values():
-                    triton.send(sender, triton.error_response(told, request_id), final=True)
+                for _, fail, _ in waiting.values():
+                    fail(told)
 
     def _take_waiting(self):
         """All that wait; nothing at the end."""
@@ -87,22 +89,16 @@ class TritonPythonModel:
     def _decode(self, batch, waiting):
         """Decodes a batch; a request leaves `waiting` just before its final response."""
         for index, update in self._stage.decode([request for _, _, request in batch]):
-            sender, request_id, _ = batch[index]
+            sender, fail, _ = batch[index]
             if isinstance(update, DecodedChunk):
                 triton.send(sender, _respond("vae_decoder", update.step, update.step_count), final=False)
                 continue
-            if isinstance(update, TurboError):
-                answer = triton.error_response(update, request_id)
-            else:
-                answer = _respond(
-                    "done",
-                    update.step_count,
-                    update.step_count,
-                    video=update.mp4,
-                    frames=update.frames,
-                    report=json.dumps(update.report, ensure_ascii=False),
-                )
             del waiting[index]
+            if isinstance(update, TurboError):
+                fail(update)
+                continue
+            count, report = update.step_count, json.dumps(update.report, ensure_ascii=False)
+            answer = _respond("done", count, count, video=update.mp4, frames=update.frames, report=report)
             triton.send(sender, answer, final=True)
 
 
