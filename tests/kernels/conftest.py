@@ -59,7 +59,15 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def is_interpreted(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
-    return callspec is not None and callspec.params.get("device") == "cpu"
+    here = item.path.is_relative_to(Path(__file__).parent)
+    return here and callspec is not None and callspec.params.get("device") == "cpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first interpreted test waits for the process that runs all of them."""
+    for item in items:
+        if is_interpreted(item):
+            item.add_marker(pytest.mark.timeout(1200))
 
 
 def run_interpreted(session: pytest.Session) -> dict[str, str]:
