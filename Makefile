@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint test server gpu bench bench-gpu demo serve quality train ci clean
+.PHONY: help setup fmt lint test server gpu bench bench-reliability bench-gpu demo serve quality train ci clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ gpu: $(STAMP)  ## only the tests that need a CUDA GPU
 bench: $(STAMP)  ## serving overhead, batching, loading memory (CPU, tiny model)
 	$(BIN)/python tests/benches/bench_serving.py
 	$(BIN)/python tests/benches/bench_checkpoint_memory.py
+
+bench-reliability: $(STAMP)  ## kill, soak, crowd and cancel on the real server (CPU, tiny model, 10 minutes)
+	$(BIN)/python tests/benches/bench_reliability.py
 
 bench-gpu: $(STAMP)  ## the table of targets on one CUDA GPU, each part's oracle before its times
 	$(BIN)/python tests/benches/bench_gpu.py
