@@ -33,3 +33,11 @@ def no_store_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws is the same in every run, whichever tests ran before."""
+    import torch  # not above: turbo_backend comes first
+
+    torch.manual_seed(0)
