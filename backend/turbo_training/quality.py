@@ -26,7 +26,7 @@ from turbo_backend.stages.loading import load_text_encoder, load_vae_decoder
 from turbo_backend.stages.text_encoder import EncodedPrompt
 from turbo_backend.stages.vae_decoder import DecodedVideo, DecodeRequest
 from turbo_training.captions import caption
-from turbo_training.dit_forward import TextBatch
+from turbo_training.dit_forward import Condition, TextBatch
 from turbo_training.flow import sample_teacher, velocity_of
 from turbo_training.judge import judge, tally
 from turbo_training.measures import measure
@@ -198,22 +198,16 @@ def _run_teacher(settings: Settings, prompts: Sequence[Prompt], plan: Plan, resu
     texts, decoder = load_text_encoder(settings), load_vae_decoder(settings)
     shape = make_parameters(model, {"NUM_FRAMES": plan.num_frames}, seed=1).latent_shape
 
-    def embed(text: str) -> TextBatch:
-        # The served encoder refuses the empty prompt, which guidance needs.
-        tokens = texts._tokenizer.encode(text)
-        rows = texts._run([tuple(tokens)])[tuple(tokens)]
-        return TextBatch(rows[None].to(settings.device), torch.tensor([len(rows)], device=settings.device))
-
-    nothing = embed("")
+    # The served encoder refuses the empty prompt, which guidance needs.
+    empty = tuple(texts._tokenizer.encode(""))
+    nothing = _as_batch(texts._run([empty])[empty], settings)
     for prompt in prompts:
         started = time.perf_counter()
         (encoded,) = texts.encode([prompt.text])
         assert isinstance(encoded, EncodedPrompt)
-        text = TextBatch(
-            encoded.embeddings[None].to(settings.device), torch.tensor([encoded.length], device=settings.device)
-        )
+        condition = Condition(_as_batch(encoded.embeddings[: encoded.length], settings))
         noise = draw_noise(prompt.seed, 0, (model.dit.out_channels, *shape))[None].to(settings.device)
-        latents = sample_teacher(velocity_of(net), noise, text, nothing, num_steps=_TEACHER_STEPS)
+        latents = sample_teacher(velocity_of(net), noise, condition, nothing, num_steps=_TEACHER_STEPS)
         milliseconds = 1000 * (time.perf_counter() - started)
         request = DecodeRequest(
             latents=latents[0].cpu(), report={"stages": {}, "parameters": {}}, delivery=Delivery(container="raw")
@@ -222,6 +216,11 @@ def _run_teacher(settings: Settings, prompts: Sequence[Prompt], plan: Plan, resu
         assert isinstance(video, DecodedVideo)
         measured = measure(torch.from_numpy(video.frames), num_subjects=len(prompt.scene.actors))
         results.add("teacher", judge(prompt.scene, measured), milliseconds)
+
+
+def _as_batch(rows: torch.Tensor, settings: Settings) -> TextBatch:
+    """Embeddings [L, C] of one text."""
+    return TextBatch(rows[None].to(settings.device), torch.tensor([len(rows)], device=settings.device))
 
 
 def _measure_vae(settings: Settings, plan: Plan) -> Iterator[float]:

@@ -12,21 +12,48 @@ from turbo_backend.tokenizer import Tokenizer, clean_prompt
 from turbo_training.dit_forward import TextBatch
 
 #: Lengths are padded to a multiple, so that few distinct shapes occur.
-_STEP = 32
+_STEP = 8
+#: Captions embedded together.
+_AT_ONCE = 2048
 
 
-def pad_tokens(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [B, S] padded with 0, and lengths [B]."""
-    longest = max(map(len, sequences))
+class TextSource:
+    """A trained encoder, frozen, and its tokenizer."""
+
+    def __init__(self, encoder: UMT5Encoder, tokenizer: Tokenizer, device: torch.device) -> None:
+        self.encoder, self.tokenizer, self.device = encoder, tokenizer, device
+
+    @torch.no_grad()
+    def embed(self, captions: Sequence[str], *, num_rows: int = 0) -> TextBatch:
+        """Float32 embeddings of captions, `num_rows` or more; the empty caption stands for no condition."""
+        text = encode_text(self.encoder, *tokenize(self.tokenizer, captions, self.device, num_rows=num_rows))
+        return TextBatch(text.embeddings.float(), text.lengths)
+
+    @torch.no_grad()
+    def embed_many(self, captions: Sequence[str]) -> TextBatch:
+        """Bfloat16 embeddings of any number of captions."""
+        token_ids, lengths = tokenize(self.tokenizer, captions, self.device)
+        parts = [
+            encode_text(self.encoder, ids, some).embeddings.to(torch.bfloat16)
+            for ids, some in zip(token_ids.split(_AT_ONCE), lengths.split(_AT_ONCE), strict=True)
+        ]
+        return TextBatch(torch.cat(parts), lengths)
+
+
+def pad_tokens(sequences: Sequence[Sequence[int]], device: torch.device, *, num_rows: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids [B, S] padded with 0 to a multiple of eight, at least `num_rows`, and lengths [B]."""
+    longest = max(num_rows, max(map(len, sequences)))
     size = -(-longest // _STEP) * _STEP
     rows = [[*sequence, *[0] * (size - len(sequence))] for sequence in sequences]
     lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
     return torch.tensor(rows, device=device), lengths
 
 
-def tokenize(tokenizer: Tokenizer, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Captions to padded ids and lengths; the empty caption is </s> alone."""
-    return pad_tokens([tokenizer.encode(clean_prompt(caption)) for caption in captions], device)
+def tokenize(
+    tokenizer: Tokenizer, captions: Sequence[str], device: torch.device, *, num_rows: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Captions, cleaned as serving cleans them, to padded ids and lengths; the empty caption is </s> alone."""
+    return pad_tokens([tokenizer.encode(clean_prompt(caption)) for caption in captions], device, num_rows=num_rows)
 
 
 def encode_text(encoder: UMT5Encoder, token_ids: Tensor, lengths: Tensor) -> TextBatch:

@@ -11,7 +11,8 @@ from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.nets.umt5 import UMT5Encoder
 from turbo_backend.nets.vae import WanVAE
-from turbo_training.dit_forward import TextBatch, TrainingAttention, velocity
+from turbo_training.attention_forward import TrainingAttention
+from turbo_training.dit_forward import Condition, TextBatch, velocity
 from turbo_training.text_forward import encode_text, pad_tokens
 from turbo_training.vae_forward import (
     decode_latents,
@@ -54,7 +55,9 @@ def test_dit(
     )
     context = dit.prepare_context(text.embeddings, text.lengths.tolist())
     served = dit(latents, timesteps, context, attention=settings)
-    trained = velocity(dit, latents, timesteps, text, attention=TrainingAttention(topk=topk, explicit=explicit))
+    trained = velocity(
+        dit, latents, timesteps, Condition(text), attention=TrainingAttention(topk=topk, explicit=explicit)
+    )
     assert largest_difference(trained, served) < 1e-4
 
 
@@ -68,7 +71,7 @@ def test_dit_has_forward_derivatives_through_sparse_attention(
     direction = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
 
     def along(step: torch.Tensor) -> torch.Tensor:
-        return velocity(dit, latents + step * direction, timesteps + step, text, attention=attention)
+        return velocity(dit, latents + step * direction, timesteps + step, Condition(text), attention=attention)
 
     _, tangent = torch.func.jvp(along, (torch.zeros(()),), (torch.ones(()),))
     step = torch.tensor(5e-3)
