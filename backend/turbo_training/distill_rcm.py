@@ -34,9 +34,9 @@ from torch import Tensor
 
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.sampler import MAX_STEPS, RCMSchedule
-from turbo_training.attention_forward import TrainingAttention
+from turbo_training.attention_forward import SPARSE, TrainingAttention
 from turbo_training.dit_forward import Condition
-from turbo_training.finetune_sla import draw_attention
+from turbo_training.finetune_sla import GEOMETRIES
 from turbo_training.flow import VelocityFn, expand, guided, velocity_of
 from turbo_training.latents import LatentBank
 from turbo_training.shapes import StageShape
@@ -103,6 +103,7 @@ class RCMStage(Stage):
         self.fake_optimizer = self.make_optimizer(self._fake_trained, betas=(0.0, 0.999), weight_decay=0.01)
         self.optimizers = {"net": self.optimizer, "fake": self.fake_optimizer}
         self._ema = EMA(self.net, self.average, decay=0.99)
+        self._warmup = torch.zeros((), device=device)
         self._teacher, self._fake = (
             velocity_of(some, attention, compiled=self.is_on_gpu) for some in (teacher, self.fake)
         )
@@ -110,24 +111,31 @@ class RCMStage(Stage):
     def step(self, index: int, progress: float) -> dict[str, Tensor]:
         for optimizer in (self.optimizer, self.fake_optimizer):
             set_learning_rate(optimizer, self.size.learning_rate, index, progress, warmup=20)
+        self._warmup.fill_(min(1.0, progress / _WARMUP))
+        # One to four steps by turns; none while the tangent is warmed up.
+        num_steps = 0 if progress < _WARMUP else 1 + index // _STUDENT_EVERY % MAX_STEPS
+        if num_steps and index % _STUDENT_EVERY:
+            return self.recorded.run(("fake", num_steps), lambda: self._update_fake(num_steps))
+        block_q, block_k = GEOMETRIES[self.generator.random() < 0.25]
+        attention = replace(SPARSE, block_q=block_q, block_k=block_k)
+        losses = self.recorded.run((attention, num_steps), lambda: self._update_student(attention, num_steps))
+        self._ema.update(index // _STUDENT_EVERY)
+        return losses
+
+    def _update_student(self, attention: TrainingAttention, num_steps: int) -> dict[str, Tensor]:
         x0, condition = self.bank.draw(self.size.batch_size)
-        num_steps = 1 + index // _STUDENT_EVERY % MAX_STEPS
-        if progress >= _WARMUP and index % _STUDENT_EVERY:
-            return {"fake": self._update_fake(x0, condition, num_steps=num_steps)}
-        attention = draw_attention(self.generator)
-        losses = {"consistency": self._consistency(x0, condition, attention, warmup=min(1.0, progress / _WARMUP))}
-        if progress >= _WARMUP:
+        losses = {"consistency": self._consistency(x0, condition, attention)}
+        if num_steps:
             losses["score"] = self._score(x0, condition, attention, num_steps=num_steps)
         self.optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         self.optimizer.step()
-        self._ema.update(index // _STUDENT_EVERY)
         return losses
 
     def _student(self, attention: TrainingAttention) -> VelocityFn:
         return velocity_of(self.net, attention, compiled=self.is_on_gpu)
 
-    def _consistency(self, x0: Tensor, condition: Condition, attention: TrainingAttention, *, warmup: float) -> Tensor:
+    def _consistency(self, x0: Tensor, condition: Condition, attention: TrainingAttention) -> Tensor:
         angle = torch.atan(torch.exp(_LOG_SIGMA_MEAN + _LOG_SIGMA_STD * torch.randn(len(x0), device=self.device)))
         c, s = expand(angle.cos()), expand(angle.sin())
         x = c * x0 + s * torch.randn_like(x0)
@@ -139,7 +147,7 @@ class RCMStage(Stage):
             derivative = torch.func.jvp(lambda y, a: trig_output(student, y, a, condition), (x, angle), tangents)[1]
         with self.precision():
             output = trig_output(self._student(attention), x, angle, condition).float()
-        held = output.detach()
+        held, warmup = output.detach(), self._warmup
         g = -c * (1 - (warmup * s).square()).sqrt() * (held - teacher) - warmup * (c * s * x + derivative)
         g = g / (g.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1) + 0.1)
         return _CONSISTENCY * (output - held - g).square().flatten(1).sum(1).mean()
@@ -156,8 +164,9 @@ class RCMStage(Stage):
             target = sample - (fake - real) / weight
         return _SCORE * (sample - target).square().flatten(1).sum(1).mean()
 
-    def _update_fake(self, x0: Tensor, condition: Condition, *, num_steps: int) -> Tensor:
-        sample = self._simulate(x0, condition, draw_attention(self.generator), num_steps, with_gradient=False)
+    def _update_fake(self, num_steps: int) -> dict[str, Tensor]:
+        x0, condition = self.bank.draw(self.size.batch_size)
+        sample = self._simulate(x0, condition, SPARSE, num_steps, with_gradient=False)
         angle = self._draw_score_angles(len(x0))
         noisy = expand(angle.cos()) * sample + expand(angle.sin()) * torch.randn_like(x0)
         with self.precision():
@@ -167,7 +176,7 @@ class RCMStage(Stage):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._fake_trained, 1.0)
         self.fake_optimizer.step()
-        return loss
+        return {"fake": loss}
 
     def _simulate(
         self, like: Tensor, condition: Condition, attention: TrainingAttention, num_steps: int, *, with_gradient: bool

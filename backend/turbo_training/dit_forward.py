@@ -8,11 +8,13 @@ Shapes: B batch, L tokens, H heads, D channels of a head, M = H D, S text rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from turbo_backend.nets.attention import CrossAttention, SelfAttention
 from turbo_backend.nets.dit import Block, WanDiT, patchify, sinusoidal_embedding, unpatchify
 from turbo_backend.nets.rope import rope_table
 from turbo_training.attention_forward import DENSE, TrainingAttention, attend, linear_attend, sparse_attend
+from turbo_training.compiling import compile_often
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,24 @@ _BETWEEN = _Between(_join_norm, _norm_rotate)
 
 @lru_cache(maxsize=1)
 def _compiled_between() -> _Between:
-    return _Between(torch.compile(_join_norm), torch.compile(_norm_rotate))
+    join_norm, norm_rotate = compile_often(_join_norm), compile_often(_norm_rotate)
+
+    def join_norm_of_any_batch(*arguments: Any) -> tuple[Tensor, Tensor]:
+        _mark_batch(arguments)
+        return join_norm(*arguments)
+
+    def norm_rotate_of_any_batch(*arguments: Any) -> Tensor:
+        _mark_batch(arguments[:1])
+        return norm_rotate(*arguments)
+
+    return _Between(join_norm_of_any_batch, norm_rotate_of_any_batch)
+
+
+def _mark_batch(tensors: Iterable[object]) -> None:
+    """Lets one compiled function serve all batch sizes."""
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.dim() == 3 and tensor.shape[0] > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def _block(

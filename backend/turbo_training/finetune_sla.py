@@ -68,9 +68,15 @@ class SparseStage(Stage):
 
     def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
         set_learning_rate(self.optimizer, self.size.learning_rate, index, progress, warmup=100)
+        attention = draw_attention(self.generator)
+        losses = self.recorded.run(attention, lambda: self._update(attention))
+        self._ema.update(index)
+        return losses
+
+    def _update(self, attention: TrainingAttention) -> dict[str, torch.Tensor]:
         x0, condition = self.bank.draw(self.size.batch_size, dropped=DROPPED)
         noise, t = torch.randn_like(x0), draw_times(len(x0), self.device)
-        x, attention = torch.lerp(x0, noise, expand(t)), draw_attention(self.generator)
+        x = torch.lerp(x0, noise, expand(t))
         with self.precision():
             v = velocity_of(self.net, attention, compiled=self.is_on_gpu)(x, t, condition)
             losses = {"data": F.mse_loss(v, noise - x0)}
@@ -82,7 +88,6 @@ class SparseStage(Stage):
         torch.stack(list(losses.values())).mean().backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.optimizer.step()
-        self._ema.update(index)
         return losses
 
 

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from turbo_backend.nets.vae import WanVAE
+from turbo_backend.tokenizer import Tokenizer
 from turbo_training.captions import LANGUAGES, caption
 from turbo_training.dit_forward import Condition, TextBatch
-from turbo_training.scene import Scene, sample_scene
+from turbo_training.scene import sample_scene
 from turbo_training.shapes import RunShape
 from turbo_training.sheets import to_video
-from turbo_training.text_forward import TextSource
+from turbo_training.text_forward import TextSource, tokenize
 from turbo_training.vae_forward import encode_moments, normalize_latents
 from turbo_training.world import render
 
-#: Captions of each clip, in languages drawn at random.
-_CAPTIONS = 4
+#: Captions of each clip, in languages drawn at random, and the rows that they are padded to.
+_CAPTIONS, _ROWS = 4, 80
 #: Share of clips in which the light changes, by task; captions of text-to-video do not speak of changes.
 _CHANGING_LIGHT = {"t2v": 0.0, "i2v": 0.3}
 #: Clips rendered together, and encoded together.
@@ -84,54 +85,56 @@ def encode_first_frames(vae: WanVAE, clips: Tensor) -> Tensor:
 
 
 def write_latents(
-    path: Path, vae: WanVAE, shape: RunShape, *, task: str, num_clips: int, minutes: float, seed: int
+    path: Path,
+    vae: WanVAE,
+    tokenizer: Tokenizer,
+    shape: RunShape,
+    *,
+    task: str,
+    num_clips: int,
+    minutes: float,
+    seed: int,
 ) -> None:
     """Renders and encodes scenes of training until there are enough or the time is up, whichever comes first.
 
-    The same seed gives the same scenes in the same order, however many there are.
+    The same seed gives the same scenes and captions in the same order, however many there are.
     """
-    device = vae.conv1.weight.device
-    generator = random.Random(seed)
-    latents: list[Tensor] = []
-    images: list[Tensor] = []
+    device, generator = vae.conv1.weight.device, random.Random(seed)
+    parts: dict[str, list[Tensor]] = {"latents": [], "images": [], "token_ids": [], "lengths": []}
     count, end = 0, time.monotonic() + 60 * minutes
     while count < num_clips and (time.monotonic() < end or not count):
-        scenes = [_draw_scene(generator, task) for _ in range(min(_RENDERED, num_clips - count))]
+        scenes = [sample_scene(generator, changing_light=_CHANGING_LIGHT[task]) for _ in range(_RENDERED)]
         clips = render(scenes, num_frames=shape.num_frames, height=shape.height, width=shape.width, device=device)
-        for part in clips.split(_ENCODED):
-            latents.append(encode_clips(vae, part))
+        for some in clips.split(_ENCODED):
+            parts["latents"].append(encode_clips(vae, some))
             if task == "i2v":
-                images.append(encode_first_frames(vae, part))
+                parts["images"].append(encode_first_frames(vae, some))
+        # While the device encodes.
+        captions = [
+            caption(scene, generator.choice(LANGUAGES), generator, task=task)
+            for scene in scenes
+            for _ in range(_CAPTIONS)
+        ]
+        token_ids, lengths = tokenize(tokenizer, captions, torch.device("cpu"), num_rows=_ROWS)
+        parts["token_ids"].append(token_ids.to(torch.int16))
+        parts["lengths"].append(lengths)
         count += len(scenes)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # else the queue, not the time, would end this
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"latents": torch.cat(latents).cpu(), "images": torch.cat(images).cpu() if images else None}
     temporary = path.with_suffix(".part")
-    torch.save(state, temporary)
+    torch.save({name: torch.cat(some).cpu() for name, some in parts.items() if some}, temporary)
     temporary.replace(path)
 
 
-def load_bank(path: Path, texts: TextSource, *, task: str, seed: int) -> LatentBank:
-    """The latents of `write_latents` with captions for the same scenes, on the encoder's device."""
+def load_bank(path: Path, texts: TextSource) -> LatentBank:
+    """What `write_latents` wrote, captions embedded, on the encoder's device."""
     state = torch.load(path, map_location=texts.device, weights_only=True)
-    scenes_of, captions_of = random.Random(seed), random.Random(seed + 1)
-    scenes = [_draw_scene(scenes_of, task) for _ in state["latents"]]
-    captions = [
-        caption(scene, captions_of.choice(LANGUAGES), captions_of, task=task)
-        for scene in scenes
-        for _ in range(_CAPTIONS)
-    ]
-    text = texts.embed_many(captions)
-    nothing = texts.embed([""], num_rows=text.embeddings.shape[1])
+    text = texts.embed_tokens(state["token_ids"].int(), state["lengths"])
     return LatentBank(
         state["latents"],
-        state["images"],
+        state.get("images"),
         text.embeddings.unflatten(0, (-1, _CAPTIONS)),
         text.lengths.unflatten(0, (-1, _CAPTIONS)),
-        nothing,
+        texts.embed([""], num_rows=_ROWS),
     )
-
-
-def _draw_scene(generator: random.Random, task: str) -> Scene:
-    return sample_scene(generator, changing_light=_CHANGING_LIGHT[task])

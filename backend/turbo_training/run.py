@@ -138,24 +138,24 @@ class Run:
         minutes = size.share * self.minutes
         if time.monotonic() + 60 * minutes > self.pause_at:
             raise Paused(f"{name}: not begun, since it is made at one go")
-        task, vae = self._task(name), load_vae(self.shape, self.folder / "vae", self.device)
+        is_i2v = name == "i2v_latents"
         write_latents(
-            path, vae, self.shape, task=task, num_clips=size.num_clips, minutes=minutes, seed=self._seed_of(name)
+            path,
+            load_vae(self.shape, self.folder / "vae", self.device),
+            self.tokenizer(),
+            self.shape,
+            task="i2v" if is_i2v else "t2v",
+            num_clips=size.num_clips,
+            minutes=minutes,
+            seed=self.seed + 1 + is_i2v,
         )
 
     def bank(self, name: str) -> LatentBank:
         """Latents with their captions, of which one bank is kept on the device at a time."""
         if name not in self._banks:
             self._banks.clear()
-            path, seed = self.folder / name / "latents.pt", self._seed_of(name)
-            self._banks[name] = load_bank(path, self.text_source(), task=self._task(name), seed=seed)
+            self._banks[name] = load_bank(self.folder / name / "latents.pt", self.text_source())
         return self._banks[name]
-
-    def _task(self, name: str) -> str:
-        return "i2v" if name.startswith("i2v") else "t2v"
-
-    def _seed_of(self, name: str) -> int:
-        return self.seed + (1, 3)[name.startswith("i2v")]
 
     def _draw_samples(self, name: str) -> None:
         if name not in ("vae", "text"):

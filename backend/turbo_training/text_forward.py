@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from turbo_backend.config import TextEncoderConfig
 from turbo_backend.nets.umt5 import Block, UMT5Encoder, relative_buckets
 from turbo_backend.tokenizer import Tokenizer, clean_prompt
 from turbo_training.dit_forward import TextBatch
@@ -30,9 +32,8 @@ class TextSource:
         return TextBatch(text.embeddings.float(), text.lengths)
 
     @torch.no_grad()
-    def embed_many(self, captions: Sequence[str]) -> TextBatch:
-        """Bfloat16 embeddings of any number of captions."""
-        token_ids, lengths = tokenize(self.tokenizer, captions, self.device)
+    def embed_tokens(self, token_ids: Tensor, lengths: Tensor) -> TextBatch:
+        """Bfloat16 embeddings of any number of token rows."""
         parts = [
             encode_text(self.encoder, ids, some).embeddings.to(torch.bfloat16)
             for ids, some in zip(token_ids.split(_AT_ONCE), lengths.split(_AT_ONCE), strict=True)
@@ -65,8 +66,7 @@ def encode_text(encoder: UMT5Encoder, token_ids: Tensor, lengths: Tensor) -> Tex
     """
     config = encoder.config
     num_rows = token_ids.shape[1]
-    buckets = relative_buckets(num_rows, num_buckets=config.num_buckets, max_distance=config.max_distance)
-    buckets = buckets.to(token_ids.device)
+    buckets = _buckets(num_rows, config, token_ids.device)
     is_text = torch.arange(num_rows, device=token_ids.device) < lengths[:, None]
     mask = torch.where(is_text, 0.0, -torch.inf)[:, None, None]
     x = encoder.token_embedding(token_ids)
@@ -77,6 +77,13 @@ def encode_text(encoder: UMT5Encoder, token_ids: Tensor, lengths: Tensor) -> Tex
         x = x + block.attn(h, bias.to(_attention_dtype(h)))
         x = x + block.ffn(block.norm2(x))
     return TextBatch(encoder.norm(x) * is_text[..., None], lengths)
+
+
+@lru_cache(maxsize=8)
+def _buckets(num_rows: int, config: TextEncoderConfig, device: torch.device) -> Tensor:
+    """Kept on the device: a recorded step copies nothing from the host."""
+    buckets = relative_buckets(num_rows, num_buckets=config.num_buckets, max_distance=config.max_distance)
+    return buckets.to(device)
 
 
 def _attention_dtype(x: Tensor) -> torch.dtype:

@@ -37,6 +37,11 @@ class TeacherStage(Stage):
 
     def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
         set_learning_rate(self.optimizer, self.shape.teacher.learning_rate, index, progress, warmup=300)
+        losses = self.recorded.run("teacher", self._update)
+        self._ema.update(index)
+        return losses
+
+    def _update(self) -> dict[str, torch.Tensor]:
         x0, condition = self.bank.draw(self.shape.teacher.batch_size, dropped=DROPPED)
         noise, t = torch.randn_like(x0), draw_times(len(x0), self.device)
         with self.precision():
@@ -46,7 +51,6 @@ class TeacherStage(Stage):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
         self.optimizer.step()
-        self._ema.update(index)
         return {"loss": loss, "gradient": norm}
 
 

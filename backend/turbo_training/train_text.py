@@ -29,6 +29,8 @@ _SUBJECT_SIZES = (1 + len(COLORS), 1 + len(MOTIONS))
 #: Share of image-to-video captions, which leave out what the image shows.
 _I2V = 0.25
 _IGNORED = -100
+#: Batches that captions are drawn for before the first step, since words take a CPU longer than the step takes a GPU.
+_BATCHES = 128
 
 
 class Probe(nn.Module):
@@ -101,7 +103,7 @@ class TextStage(Stage):
 
     def __init__(self, shape: RunShape, tokenizer: Tokenizer, *, seed: int, device: torch.device) -> None:
         super().__init__(seed=seed, device=device)
-        self.shape, self.tokenizer = shape, tokenizer
+        self.shape = shape
         self.encoder = UMT5Encoder(shape.model.text_encoder).to(device)
         initialize_encoder(self.encoder)
         self.average = UMT5Encoder(shape.model.text_encoder).to(device)
@@ -111,14 +113,22 @@ class TextStage(Stage):
         self.optimizer = self.make_optimizer(self._trained, betas=(0.9, 0.98), weight_decay=0.01)
         self.optimizers = {"text": self.optimizer}
         self._ema = EMA(self.encoder, self.average, decay=0.995)
+        scenes, hidden, captions = draw_captions(_BATCHES * shape.text.batch_size, self.generator)
+        self._token_ids, self._lengths = tokenize(tokenizer, captions, device)
+        self._scene_answers, self._subject_answers = answers_of(scenes, hidden, device)
 
     def step(self, index: int, progress: float) -> dict[str, Tensor]:
         set_learning_rate(self.optimizer, self.shape.text.learning_rate, index, progress, warmup=100)
-        scenes, hidden, captions = draw_captions(self.shape.text.batch_size, self.generator)
-        token_ids, lengths = tokenize(self.tokenizer, captions, self.device)
+        losses = self.recorded.run("text", self._update)
+        self._ema.update(index)
+        return losses
+
+    def _update(self) -> dict[str, Tensor]:
+        rows = torch.randint(len(self._lengths), (self.shape.text.batch_size,), device=self.device)
         with self.precision():
-            scene_logits, subject_logits = self.probe(encode_text(self.encoder, token_ids, lengths))
-        scene_answers, subject_answers = answers_of(scenes, hidden, self.device)
+            text = encode_text(self.encoder, self._token_ids[rows], self._lengths[rows])
+            scene_logits, subject_logits = self.probe(text)
+        scene_answers, subject_answers = self._scene_answers[rows], self._subject_answers[rows]
         losses = [_cross_entropy(logits, scene_answers[:, i]) for i, logits in enumerate(scene_logits)]
         losses += [
             _cross_entropy(logits.flatten(0, 1), subject_answers[..., i].flatten())
@@ -129,7 +139,6 @@ class TextStage(Stage):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
         self.optimizer.step()
-        self._ema.update(index)
         found = torch.stack([logits.argmax(-1) for logits in subject_logits], dim=-1)
         is_asked = subject_answers != _IGNORED
         wrong = ((found != subject_answers) & is_asked).flatten(1).any(1).sum() / is_asked[:, 0, 0].sum().clamp_min(1)

@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
+from turbo_training.compiling import RecordedSteps
+
 _FETCHED_TOGETHER = 25
 
 
@@ -40,6 +42,7 @@ class Stage(ABC):
         modules: networks that it trains, to be saved.
         optimizers: theirs, to be saved.
         generator: source of scenes and captions, to be saved; tensors are drawn from torch's global generators.
+        recorded: runs steps as CUDA graphs.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Stage(ABC):
         self.generator = random.Random(seed)
         self.modules: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.recorded = RecordedSteps(device)
 
     @abstractmethod
     def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
@@ -70,8 +74,15 @@ class Stage(ABC):
     def make_optimizer(
         self, parameters: Iterable[nn.Parameter], *, betas: tuple[float, float], weight_decay: float
     ) -> torch.optim.AdamW:
-        """AdamW whose learning rate `set_learning_rate` sets at each step."""
-        return torch.optim.AdamW(parameters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=self.is_on_gpu)
+        """AdamW whose learning rate `set_learning_rate` sets at each step; on a GPU it can be recorded."""
+        return torch.optim.AdamW(
+            parameters,
+            lr=torch.zeros((), device=self.device),
+            betas=betas,
+            weight_decay=weight_decay,
+            fused=self.is_on_gpu,
+            capturable=self.is_on_gpu,
+        )
 
 
 class EMA:
@@ -98,7 +109,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, index: int,
     """Linear warm-up by steps, then a cosine to a twentieth of the peak by progress."""
     rate = peak * min(1.0, (index + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"].fill_(rate)
 
 
 class Paused(Exception):
@@ -232,6 +243,8 @@ def _restore(stage: Stage, path: Path) -> tuple[int, float]:
         module.load_state_dict(state["modules"][name])
     for name, optimizer in stage.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"].to(stage.device)
     version, words, gauss = state["scenes"]
     stage.generator.setstate((version, tuple(words), gauss))
     torch.set_rng_state(state["torch"])

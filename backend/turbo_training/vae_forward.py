@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from turbo_backend.nets.vae import WanVAE
 from turbo_backend.nets.vae_decoder import Upsample
 from turbo_backend.nets.vae_encoder import Downsample
 from turbo_backend.nets.vae_layers import Convolution, FrameAttention, Head, MiddleBlocks, ResidualBlock, RMSNorm
+from turbo_training.compiling import compile_often
 
 
 def encode_moments(vae: WanVAE, video_BCFHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,25 +88,34 @@ def _causal(conv: Convolution, x: Tensor) -> Tensor:
     return F.conv3d(F.pad(x, (0, 0, 0, 0, depth, 0)), conv.weight, conv.bias, padding=(0, *conv.padding))
 
 
-def _norm(gamma: Tensor, x: Tensor) -> Tensor:
+def _norm(gamma: Tensor, x_NC: Tensor) -> Tensor:
     """x / max(|x|, 1e-12) sqrt(C) gamma over channels, in float32, returned in x's dtype."""
-    y = F.normalize(x.float(), dim=1, eps=1e-12) * math.sqrt(x.shape[1]) * gamma.view(1, -1, 1, 1, 1)
-    return y.to(x.dtype)
+    y = F.normalize(x_NC.float(), dim=1, eps=1e-12) * math.sqrt(x_NC.shape[1]) * gamma.flatten()
+    return y.to(x_NC.dtype)
 
 
-def _norm_silu(gamma: Tensor, x: Tensor) -> Tensor:
-    return F.silu(_norm(gamma, x))
+def _norm_silu(gamma: Tensor, x_NC: Tensor) -> Tensor:
+    return F.silu(_norm(gamma, x_NC))
 
 
 @lru_cache(maxsize=1)
 def _compiled_norm_silu() -> Callable[[Tensor, Tensor], Tensor]:
-    return torch.compile(_norm_silu, dynamic=True)
+    return compile_often(_norm_silu)
+
+
+def _by_place(function: Callable[[Tensor, Tensor], Tensor], norm: nn.Module, x: Tensor) -> Tensor:
+    """The function of all places' channels [N, C]; a view, since channels lie last."""
+    assert isinstance(norm, RMSNorm)
+    B, C, T, h, w = x.shape
+    rows = x.permute(0, 2, 3, 4, 1).reshape(-1, C)
+    if x.is_cuda:
+        torch._dynamo.maybe_mark_dynamic(rows, 0)
+    return function(norm.gamma, rows).view(B, T, h, w, C).permute(0, 4, 1, 2, 3)
 
 
 def _activate(norm: nn.Module, x: Tensor) -> Tensor:
     """silu(norm(x)); one pass over memory on a GPU, where it would otherwise take most of the time."""
-    assert isinstance(norm, RMSNorm)
-    return _compiled_norm_silu()(norm.gamma, x) if x.is_cuda else _norm_silu(norm.gamma, x)
+    return _by_place(_compiled_norm_silu() if x.is_cuda else _norm_silu, norm, x)
 
 
 def _residual(block: nn.Module, x: Tensor) -> Tensor:
@@ -123,7 +134,7 @@ def _middle(blocks: MiddleBlocks, x: Tensor) -> Tensor:
 def _attention(block: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(block, FrameAttention)
     B, C, T, h, w = x.shape
-    qkv = _frames(block.to_qkv, _norm(block.norm.gamma, x)).permute(0, 2, 3, 4, 1).reshape(B * T, 1, h * w, 3 * C)
+    qkv = _frames(block.to_qkv, _by_place(_norm, block.norm, x)).permute(0, 2, 3, 4, 1).reshape(B * T, 1, h * w, 3 * C)
     q, k, v = qkv.chunk(3, dim=-1)
     attended = F.scaled_dot_product_attention(q, k, v)
     return x + _frames(block.proj, attended.view(B, T, h, w, C).permute(0, 4, 1, 2, 3))
