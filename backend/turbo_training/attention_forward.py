@@ -48,11 +48,12 @@ def attend(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias: Tensor | None =
     return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, attn_mask=bias)
 
 
-def sparse_attend(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, attention: TrainingAttention) -> Tensor:
-    """Attention of each block of queries to its selected blocks of keys, [B, H, L, D]."""
+def sparse_attend(
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, chosen: Tensor, attention: TrainingAttention
+) -> Tensor:
+    """Attention of each block of queries to its blocks of keys, as `select_blocks` chose them, [B, H, L, D]."""
     B, H, L, D = q_BHLD.shape
     block_q, block_k = attention.block_q, attention.block_k
-    chosen = _select_blocks(q_BHLD, k_BHLD, attention)  # [B, H, num_q_blocks, num_selected]
     num_q, num_k = chosen.shape[2], num_blocks(L, block_k)
     first = num_k * torch.arange(B * H, device=q_BHLD.device).view(B, H, 1, 1)
     rows = (chosen + first).flatten()
@@ -78,7 +79,7 @@ def linear_attend(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
     return (numerator / denominator).to(dtype)
 
 
-def _select_blocks(q_BHLD: Tensor, k_BHLD: Tensor, attention: TrainingAttention) -> Tensor:
+def select_blocks(q_BHLD: Tensor, k_BHLD: Tensor, attention: TrainingAttention) -> Tensor:
     """The choice of `turbo_kernels.block_map`: indices of key blocks [B, H, num_q_blocks, num_selected]."""
     assert attention.topk is not None
     pooled_q = _pool(q_BHLD.detach().float(), attention.block_q)

@@ -8,7 +8,7 @@ Shapes: B batch, L tokens, H heads, D channels of a head, M = H D, S text rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,7 +21,14 @@ from torch import Tensor
 from turbo_backend.nets.attention import CrossAttention, SelfAttention
 from turbo_backend.nets.dit import Block, WanDiT, patchify, sinusoidal_embedding, unpatchify
 from turbo_backend.nets.rope import rope_table
-from turbo_training.attention_forward import DENSE, TrainingAttention, attend, linear_attend, sparse_attend
+from turbo_training.attention_forward import (
+    DENSE,
+    TrainingAttention,
+    attend,
+    linear_attend,
+    select_blocks,
+    sparse_attend,
+)
 from turbo_training.compiling import compile_often
 
 
@@ -39,6 +46,11 @@ class Condition:
 
     text: TextBatch
     image: Tensor | None = None
+
+    def first(self, count: int) -> Condition:
+        """The first of the batch."""
+        text = TextBatch(self.text.embeddings[:count], self.text.lengths[:count])
+        return Condition(text, None if self.image is None else self.image[:count])
 
 
 def velocity(
@@ -100,6 +112,8 @@ class _Between:
 
     join_norm: Callable[..., tuple[Tensor, Tensor]]
     norm_rotate: Callable[..., Tensor]
+    select_blocks: Callable[..., Tensor] = select_blocks
+    linear_attend: Callable[..., Tensor] = linear_attend
 
 
 def _join_norm(
@@ -130,24 +144,25 @@ _BETWEEN = _Between(_join_norm, _norm_rotate)
 
 @lru_cache(maxsize=1)
 def _compiled_between() -> _Between:
-    join_norm, norm_rotate = compile_often(_join_norm), compile_often(_norm_rotate)
-
-    def join_norm_of_any_batch(*arguments: Any) -> tuple[Tensor, Tensor]:
-        _mark_batch(arguments)
-        return join_norm(*arguments)
-
-    def norm_rotate_of_any_batch(*arguments: Any) -> Tensor:
-        _mark_batch(arguments[:1])
-        return norm_rotate(*arguments)
-
-    return _Between(join_norm_of_any_batch, norm_rotate_of_any_batch)
+    return _Between(
+        join_norm=_compile_for_any_batch(_join_norm),
+        norm_rotate=_compile_for_any_batch(_norm_rotate),
+        select_blocks=_compile_for_any_batch(select_blocks),
+        linear_attend=_compile_for_any_batch(linear_attend),
+    )
 
 
-def _mark_batch(tensors: Iterable[object]) -> None:
-    """Lets one compiled function serve all batch sizes."""
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.dim() == 3 and tensor.shape[0] > 1:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+def _compile_for_any_batch(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = compile_often(function)
+
+    def call(*arguments: object) -> Any:
+        for tensor in arguments:
+            # The table of the rotation alone has three dimensions and no batch.
+            if isinstance(tensor, Tensor) and tensor.dim() >= 3 and tensor.shape[0] > 1 and tensor.shape[-1] != 2:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(*arguments)
+
+    return call
 
 
 def _block(
@@ -182,7 +197,9 @@ def _self_attention(
         out = attend(q, k, v, explicit=attention.explicit)
     else:
         assert layer.attn_op is not None
-        out = sparse_attend(q, k, v, attention) + layer.attn_op.local_attn.proj_l(linear_attend(q, k, v))
+        chosen = between.select_blocks(q, k, attention)
+        out = sparse_attend(q, k, v, chosen, attention)
+        out = out + layer.attn_op.local_attn.proj_l(between.linear_attend(q, k, v))
     result: Tensor = layer.o(out.transpose(1, 2).flatten(2))
     return result
 

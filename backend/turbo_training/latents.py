@@ -26,7 +26,7 @@ _CAPTIONS, _ROWS = 4, 80
 #: Share of clips in which the light changes, by task; captions of text-to-video do not speak of changes.
 _CHANGING_LIGHT = {"t2v": 0.0, "i2v": 0.3}
 #: Clips rendered together, and encoded together.
-_RENDERED, _ENCODED = 64, 16
+_RENDERED, _ENCODED = 256, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,9 @@ def write_latents(
     """
     device, generator = vae.conv1.weight.device, random.Random(seed)
     parts: dict[str, list[Tensor]] = {"latents": [], "images": [], "token_ids": [], "lengths": []}
-    count, end = 0, time.monotonic() + 60 * minutes
+    count, at_once, end = 0, min(_RENDERED, num_clips), time.monotonic() + 60 * minutes
     while count < num_clips and (time.monotonic() < end or not count):
-        scenes = [sample_scene(generator, changing_light=_CHANGING_LIGHT[task]) for _ in range(_RENDERED)]
+        scenes = [sample_scene(generator, changing_light=_CHANGING_LIGHT[task]) for _ in range(at_once)]
         clips = render(scenes, num_frames=shape.num_frames, height=shape.height, width=shape.width, device=device)
         for some in clips.split(_ENCODED):
             parts["latents"].append(encode_clips(vae, some))

@@ -61,15 +61,15 @@ FULL = RunShape(
     height=144,
     width=256,
     crop=112,
-    vae=StageShape(max_steps=30_000, share=0.19, batch_size=16, learning_rate=1e-3),
-    text=StageShape(max_steps=4_000, share=0.04, batch_size=256, learning_rate=1e-3),
-    latents=LatentsShape(num_clips=24_000, share=0.06),
-    teacher=StageShape(max_steps=60_000, share=0.30, batch_size=64, learning_rate=1e-3),
-    sla=StageShape(max_steps=10_000, share=0.05, batch_size=64, learning_rate=2e-4),
-    rcm=StageShape(max_steps=20_000, share=0.15, batch_size=32, learning_rate=1e-4),
+    vae=StageShape(max_steps=40_000, share=0.17, batch_size=8, learning_rate=1e-3),
+    text=StageShape(max_steps=6_000, share=0.03, batch_size=512, learning_rate=1e-3),
+    latents=LatentsShape(num_clips=32_000, share=0.055),
+    teacher=StageShape(max_steps=60_000, share=0.28, batch_size=64, learning_rate=1e-3),
+    sla=StageShape(max_steps=10_000, share=0.045, batch_size=64, learning_rate=2e-4),
+    rcm=StageShape(max_steps=30_000, share=0.20, batch_size=16, learning_rate=1e-4),
     i2v_latents=LatentsShape(num_clips=8_000, share=0.03),
-    i2v=StageShape(max_steps=20_000, share=0.08, batch_size=64, learning_rate=4e-4),
-    i2v_rcm=StageShape(max_steps=20_000, share=0.06, batch_size=32, learning_rate=1e-4),
+    i2v=StageShape(max_steps=20_000, share=0.075, batch_size=64, learning_rate=4e-4),
+    i2v_rcm=StageShape(max_steps=20_000, share=0.075, batch_size=16, learning_rate=1e-4),
 )
 
 _SMOKE_MODEL = ModelConfig(

@@ -23,7 +23,9 @@ _GRADIENT = 0.5
 #: Share of clips whose frames after the first are grey, as the encoder sees the image of image-to-video.
 _GREY_TAILS = 0.1
 #: Clips are rendered in groups, one every so many steps; crops are drawn from the last few groups.
-_GROUP_EVERY, _GROUPS_KEPT = 8, 8
+_GROUP_EVERY, _GROUPS_KEPT = 200, 4
+#: Log-variance at first: with that of N(0, 1) the noise would hide what little the encoder says in the beginning.
+_FIRST_LOG_VARIANCE = -6.0
 
 
 class VAEStage(Stage):
@@ -38,6 +40,8 @@ class VAEStage(Stage):
         super().__init__(seed=seed, device=device)
         self.shape = shape
         self.vae = WanVAE(shape.model.vae).to(device)
+        with torch.no_grad():
+            self.vae.conv1.bias[shape.model.vae.z_dim :] = _FIRST_LOG_VARIANCE
         self.average = WanVAE(shape.model.vae).to(device)
         self.modules = {"vae": self.vae, "ema": self.average}
         self.optimizer = self.make_optimizer(self.vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
@@ -45,10 +49,18 @@ class VAEStage(Stage):
         self._ema = EMA(self.vae, self.average, decay=0.998)
         self._seed = seed
         self._groups: dict[int, Tensor] = {}
+        self._num_frames = 1 + 4 * ((min(shape.num_frames, 17) - 1) // 4)
+        self._video = torch.empty(shape.vae.batch_size, 3, self._num_frames, shape.crop, shape.crop, device=device)
 
     def step(self, index: int, progress: float) -> dict[str, Tensor]:
         set_learning_rate(self.optimizer, self.shape.vae.learning_rate, index, progress, warmup=100)
-        video = self._draw_crops(index // _GROUP_EVERY)
+        self._video.copy_(self._draw_crops(index // _GROUP_EVERY))
+        losses = self.recorded.run("vae", self._update)
+        self._ema.update(index)
+        return losses
+
+    def _update(self) -> dict[str, Tensor]:
+        video = self._video
         with self.precision():
             mean, log_variance = encode_moments(self.vae, video)
             z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
@@ -61,7 +73,6 @@ class VAEStage(Stage):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
         self.optimizer.step()
-        self._ema.update(index)
         return {"pixels": pixels, "edges": edges, "kl": kl}
 
     def _draw_crops(self, newest: int) -> Tensor:
@@ -85,10 +96,9 @@ class VAEStage(Stage):
         """A group of clips, uint8 [N, F, H, W, 3], which its number alone decides: a resumed run has the same."""
         if number not in self._groups:
             shape, draw = self.shape, random.Random(f"{self._seed} {number}")
-            scenes = [sample_scene(draw, changing_light=0.15) for _ in range(4 * shape.vae.batch_size)]
-            num_frames = 1 + 4 * ((min(shape.num_frames, 17) - 1) // 4)
+            scenes = [sample_scene(draw, changing_light=0.15) for _ in range(32 * shape.vae.batch_size)]
             self._groups[number] = render(
-                scenes, num_frames=num_frames, height=shape.height, width=shape.width, device=self.device
+                scenes, num_frames=self._num_frames, height=shape.height, width=shape.width, device=self.device
             )
         return self._groups[number]
 
@@ -98,7 +108,9 @@ class VAEStage(Stage):
         self._fold(folder)
         scenes = [sample_scene(random.Random(i), held_out=True) for i in range(4)]
         shape = self.shape
-        clips = render(scenes, num_frames=shape.num_frames, height=shape.height, width=shape.width)
+        clips = render(
+            scenes, num_frames=shape.num_frames, height=shape.height, width=shape.width, device=self.device
+        ).cpu()
         decoded = [to_clip(reconstruct(self.average, clip[None].to(self.device))[0]).cpu() for clip in clips]
         pairs = [clip for pair in zip(clips, decoded, strict=True) for clip in pair]
         names = [f"{psnr(one, two):.1f} dB" for one, two in zip(clips, decoded, strict=True)]

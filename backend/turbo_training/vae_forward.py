@@ -80,12 +80,22 @@ def fold_statistics(vae: WanVAE, mean_C: Tensor, std_C: Tensor) -> None:
 def _frames(conv: Convolution, x: Tensor) -> Tensor:
     """A convolution of each frame alone; kernel [.., kh, kw] or [.., 1, kh, kw]."""
     weight = conv.weight if conv.weight.dim() == 5 else conv.weight.unsqueeze(2)
-    return F.conv3d(x, weight, conv.bias, padding=(0, *conv.padding))
+    return _convolve(x, weight, conv)
 
 
 def _causal(conv: Convolution, x: Tensor) -> Tensor:
-    depth = conv.weight.shape[2] - 1
-    return F.conv3d(F.pad(x, (0, 0, 0, 0, depth, 0)), conv.weight, conv.bias, padding=(0, *conv.padding))
+    return _convolve(F.pad(x, (0, 0, 0, 0, conv.weight.shape[2] - 1, 0)), conv.weight, conv)
+
+
+def _convolve(x: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
+    """Over frames padded in time already. A GPU's kernels want channels in multiples of eight: others are filled up."""
+    num_out, num_in = weight.shape[:2]
+    missing_out, missing_in = -num_out % 8, -num_in % 8
+    bias: Tensor = conv.bias
+    if x.is_cuda and (missing_out or missing_in):
+        weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing_in, 0, missing_out))
+        x, bias = F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing_in)), F.pad(bias, (0, missing_out))
+    return F.conv3d(x, weight, bias, padding=(0, *conv.padding))[:, :num_out]
 
 
 def _norm(gamma: Tensor, x_NC: Tensor) -> Tensor:
