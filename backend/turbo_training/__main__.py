@@ -138,6 +138,7 @@ def measure_quality(
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts, half of them Chinese.")] = 40,
     variants: Annotated[int, typer.Option(min=1, help="Prompts for each variant.")] = 8,
     teacher: Annotated[int, typer.Option(min=0, help="Prompts for the teacher: minutes each on a CPU.")] = 0,
+    images: Annotated[int, typer.Option(min=0, help="Images for image-to-video.")] = 12,
     frames: Annotated[int, typer.Option(min=5, help="Frames of each clip.")] = 33,
     seconds: Annotated[float, typer.Option(min=1, help="Time after which no further prompt is begun.")] = 540.0,
     sheet: Annotated[Path | None, typer.Option(help="PNG of the first twelve prompts.")] = None,
@@ -149,6 +150,7 @@ def measure_quality(
         num_prompts=prompts,
         num_variant_prompts=min(variants, prompts),
         num_teacher_prompts=min(teacher, prompts),
+        num_image_prompts=images,
         num_frames=frames,
         seconds=seconds,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from turbo_backend.tokenizer import Tokenizer
 from turbo_training.run import STAGES, Run
 from turbo_training.shapes import SMOKE
 from turbo_training.train_teacher import TeacherStage
-from turbo_training.trainer import Budget, run_stage
+from turbo_training.trainer import Budget, Paused, is_done, run_stage
 
 pytestmark = [
     pytest.mark.training,
@@ -72,6 +74,20 @@ def test_a_finished_run_does_nothing_more(run: Run) -> None:
     before = (run.folder / "teacher" / "checkpoint.pt").stat().st_mtime_ns
     run.train()
     assert (run.folder / "teacher" / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_a_paused_run_goes_on(tmp_path: Path) -> None:
+    run = Run(shape=SMOKE, folder=tmp_path, minutes=2, seed=3, device=torch.device("cpu"), quiet=True)
+    run.pause_at = time.monotonic()
+    with pytest.raises(Paused, match="text: 0 % done"):
+        run.train(("text",))
+    assert not is_done(tmp_path / "text")
+    run.pause_at = time.monotonic() + 1
+    with pytest.raises(Paused, match="latents: not begun"):
+        run.train(("latents",))
+    run.pause_at = math.inf
+    run.train(("text",))
+    assert is_done(tmp_path / "text")
 
 
 def test_resuming_gives_the_same_weights(run: Run, tmp_path: Path) -> None:
