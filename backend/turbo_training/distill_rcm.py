@@ -104,7 +104,7 @@ class RCMStage(Stage):
         ]
         self.fake_optimizer = self.make_optimizer(self._fake_trained, betas=(0.0, 0.999), weight_decay=0.01)
         self.optimizers = {"net": self.optimizer, "fake": self.fake_optimizer}
-        self._ema = EMA(self.net, self.average, decay=0.99)
+        self._ema = EMA(self.net, self.average, decay=0.995)
         self._warmup = torch.zeros((), device=device)
         self._teacher, self._fake = (
             velocity_of(some, attention, compiled=self.is_on_gpu) for some in (teacher, self.fake)

@@ -119,11 +119,6 @@ class TextStage(Stage):
 
     def step(self, index: int, progress: float) -> dict[str, Tensor]:
         set_learning_rate(self.optimizer, self.shape.text.learning_rate, index, progress, warmup=100)
-        losses = self.recorded.run("text", self._update)
-        self._ema.update(index)
-        return losses
-
-    def _update(self) -> dict[str, Tensor]:
         rows = torch.randint(len(self._lengths), (self.shape.text.batch_size,), device=self.device)
         with self.precision():
             text = encode_text(self.encoder, self._token_ids[rows], self._lengths[rows])
@@ -139,6 +134,7 @@ class TextStage(Stage):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
         self.optimizer.step()
+        self._ema.update(index)
         found = torch.stack([logits.argmax(-1) for logits in subject_logits], dim=-1)
         is_asked = subject_answers != _IGNORED
         wrong = ((found != subject_answers) & is_asked).flatten(1).any(1).sum() / is_asked[:, 0, 0].sum().clamp_min(1)
