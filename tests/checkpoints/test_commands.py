@@ -36,7 +36,7 @@ def test_inspect_a_good_file() -> None:
     result = run("inspect", path, "--keys")
     assert result.exit_code == 0, result.output
     assert "a denoiser of tiny (dim 256, 5 layers, 16 input channels)" in result.stdout
-    assert "blocks.5.ffn.2.weight" in result.stdout
+    assert "blocks.4.ffn.2.weight" in result.stdout
     document = json.loads(run("inspect", path, "--json", "--sha256", "--values").stdout)
     assert document["kind"] == "denoiser"
     assert document["models"] == ["tiny"]
