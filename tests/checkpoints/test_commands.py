@@ -40,11 +40,11 @@ def test_inspect_a_good_file() -> None:
     document = json.loads(run("inspect", path, "--json", "--sha256", "--values").stdout)
     assert document["kind"] == "denoiser"
     assert document["models"] == ["tiny"]
-    assert document["dtypes"] == {"bfloat16": 189}
+    assert document["dtypes"] == {"bfloat16": 160}
     assert document["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert document["problems"] == []
     assert "tensors" not in document
-    assert len(json.loads(run("inspect", path, "--json", "--keys").stdout)["tensors"]) == 189
+    assert len(json.loads(run("inspect", path, "--json", "--keys").stdout)["tensors"]) == 160
 
 
 def test_inspect_finds_problems(dit_state: State, write: Write) -> None:
