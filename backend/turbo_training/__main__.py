@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ from turbo_training.scene import sample_scene
 from turbo_training.shapes import FULL, SMOKE
 from turbo_training.sheets import write_sheet
 from turbo_training.train_measures import make_measures
+from turbo_training.trainer import Paused
 from turbo_training.validate_measures import validate_measures
 from turbo_training.world import render
 
@@ -28,6 +30,7 @@ StageName = Enum("StageName", {name: name for name in STAGES}, type=str)  # type
 Out = Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on from there.")]
 Minutes = Annotated[float, typer.Option(min=0.01, help="Time of all stages together.")]
 Smoke = Annotated[bool, typer.Option(help="A few steps of every stage at a toy size, on a CPU.")]
+Pause = Annotated[float | None, typer.Option(min=0.1, help="Save and stop after so many minutes; again goes on.")]
 Seed = Annotated[int, typer.Option(min=0)]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one.")]
 
@@ -37,22 +40,49 @@ def _device(name: str) -> torch.device:
 
 
 @app.command("all")
-def train_all(out: Out, minutes: Minutes = 25.0, smoke: Smoke = False, seed: Seed = 0, device: Device = "auto") -> None:
-    """Runs every stage that is not done: vae, text, teacher, sla, rcm, export."""
-    _train(out, minutes, smoke, seed, device, STAGES)
+def train_all(
+    out: Out,
+    minutes: Minutes = 25.0,
+    pause_after: Pause = None,
+    smoke: Smoke = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Runs every stage that is not done, from the VAE to the exported files."""
+    _train(out, minutes, pause_after, smoke, seed, device, STAGES)
 
 
 @app.command("stage")
 def train_stage(
-    name: StageName, out: Out, minutes: Minutes = 25.0, smoke: Smoke = False, seed: Seed = 0, device: Device = "auto"
+    name: StageName,
+    out: Out,
+    minutes: Minutes = 25.0,
+    pause_after: Pause = None,
+    smoke: Smoke = False,
+    seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
     """Runs one stage; `--minutes` is still the time of all together, of which it takes its share."""
-    _train(out, minutes, smoke, seed, device, (name.value,))
+    _train(out, minutes, pause_after, smoke, seed, device, (name.value,))
 
 
-def _train(out: Path, minutes: float, smoke: bool, seed: int, device: str, stages: tuple[str, ...]) -> None:
+def _train(
+    out: Path,
+    minutes: float,
+    pause_after: float | None,
+    smoke: bool,
+    seed: int,
+    device: str,
+    stages: tuple[str, ...],
+) -> None:
     run = Run(shape=SMOKE if smoke else FULL, folder=out, minutes=minutes, seed=seed, device=_device(device))
-    seconds = run.train(stages)
+    if pause_after is not None:
+        run.pause_at = time.monotonic() + 60 * pause_after
+    try:
+        seconds = run.train(stages)
+    except Paused as paused:
+        print(f"paused ({paused}): the same command goes on from here")
+        return
     write_summary(run, seconds)
     print(" ".join(f"{name} {value:.0f}s" for name, value in seconds.items()))
 
@@ -108,6 +138,7 @@ def measure_quality(
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts, half of them Chinese.")] = 40,
     variants: Annotated[int, typer.Option(min=1, help="Prompts for each variant.")] = 8,
     teacher: Annotated[int, typer.Option(min=0, help="Prompts for the teacher: minutes each on a CPU.")] = 0,
+    images: Annotated[int, typer.Option(min=0, help="Images for image-to-video.")] = 12,
     frames: Annotated[int, typer.Option(min=5, help="Frames of each clip.")] = 33,
     seconds: Annotated[float, typer.Option(min=1, help="Time after which no further prompt is begun.")] = 540.0,
     sheet: Annotated[Path | None, typer.Option(help="PNG of the first twelve prompts.")] = None,
@@ -119,6 +150,7 @@ def measure_quality(
         num_prompts=prompts,
         num_variant_prompts=min(variants, prompts),
         num_teacher_prompts=min(teacher, prompts),
+        num_image_prompts=images,
         num_frames=frames,
         seconds=seconds,
     )

@@ -34,16 +34,19 @@ from torch import Tensor
 
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.sampler import MAX_STEPS, RCMSchedule
-from turbo_training.dit_forward import TextBatch, TrainingAttention
-from turbo_training.finetune_sla import draw_attention
-from turbo_training.flow import Batches, VelocityFn, expand, guided, velocity_of
-from turbo_training.shapes import RunShape
+from turbo_training.attention_forward import SPARSE, TrainingAttention
+from turbo_training.dit_forward import Condition
+from turbo_training.finetune_sla import GEOMETRIES
+from turbo_training.flow import VelocityFn, expand, guided, velocity_of
+from turbo_training.latents import LatentBank
+from turbo_training.shapes import StageShape
 from turbo_training.trainer import EMA, Stage, set_learning_rate
 
-_SIGMA_MAX = 80.0
 _CONSISTENCY, _SCORE = 100.0, 1.0
-#: One update of the student to four of the fake score.
-_STUDENT_EVERY = 5
+#: The derivative costs as much as all the rest: a part of each batch gets that loss.
+_CONSISTENCY_PART = 2
+#: One update of the student to two of the fake score.
+_STUDENT_EVERY = 3
 #: Share of the stage in which the tangent is warmed up and there is no score loss yet.
 _WARMUP = 0.12
 #: log sigma of the consistency loss is normal with these; the score's times are uniform, then shifted.
@@ -51,10 +54,10 @@ _LOG_SIGMA_MEAN, _LOG_SIGMA_STD = 0.7, 1.6
 _SCORE_SHIFT = 5.0
 
 
-def trig_output(function: VelocityFn, x: Tensor, angle_B: Tensor, text: TextBatch) -> Tensor:
+def trig_output(function: VelocityFn, x: Tensor, angle_B: Tensor, condition: Condition) -> Tensor:
     """F(x, a) of a rectified-flow network; differentiable, also in forward mode."""
     c, s = expand(angle_B.cos()), expand(angle_B.sin())
-    v = function(x / (c + s), (angle_B.sin() / (angle_B.cos() + angle_B.sin())), text)
+    v = function(x / (c + s), (angle_B.sin() / (angle_B.cos() + angle_B.sin())), condition)
     return ((c - s) * x + v) / (c + s)
 
 
@@ -64,113 +67,145 @@ def denoise(output: Tensor, x: Tensor, angle_B: Tensor) -> Tensor:
 
 
 class RCMStage(Stage):
-    """Distils; `ema` is what is kept. The fake score starts as the teacher."""
+    """Distils; `ema` is what is kept. The fake score starts as the teacher.
 
-    name = "rcm"
+    Args:
+        name: `rcm` or `i2v_rcm`.
+        student: trained in place.
+        attention: of the teacher and the fake score.
+        sigma_max: noise level at which requests begin.
+    """
 
     def __init__(
-        self, shape: RunShape, batches: Batches, teacher: WanDiT, student: WanDiT, *, seed: int, device: torch.device
+        self,
+        name: str,
+        size: StageShape,
+        bank: LatentBank,
+        teacher: WanDiT,
+        student: WanDiT,
+        *,
+        attention: TrainingAttention,
+        sigma_max: float,
+        seed: int,
+        device: torch.device,
     ) -> None:
         super().__init__(seed=seed, device=device)
-        self.shape, self.batches, self.teacher = shape, batches, teacher
-        self.net, self.average, self.fake = (WanDiT(shape.model.dit).to(device) for _ in range(3))
-        self.net.load_state_dict(student.state_dict())
+        self.name, self.size, self.bank, self._sigma_max = name, size, bank, sigma_max
+        self.net, self.fake = student, WanDiT(teacher.config).to(device)
         self.fake.load_state_dict(teacher.state_dict())
+        self.average = WanDiT(student.config).to(device)
         self.net.requires_grad_(True)
         self.fake.requires_grad_(True)
         self.modules = {"net": self.net, "ema": self.average, "fake": self.fake}
-        rates: dict[str, float | tuple[float, float]] = {"lr": 0.0, "betas": (0.0, 0.999), "weight_decay": 0.01}
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), **rates)  # type: ignore[arg-type]
-        dense = [parameter for name, parameter in self.fake.named_parameters() if "proj_l" not in name]
-        self.fake_optimizer = torch.optim.AdamW(dense, **rates)  # type: ignore[arg-type]
+        self.optimizer = self.make_optimizer(self.net.parameters(), betas=(0.0, 0.999), weight_decay=0.01)
+        is_dense = attention.topk is None  # then proj_l takes no part
+        self._fake_trained = [
+            parameter for key, parameter in self.fake.named_parameters() if not (is_dense and "proj_l" in key)
+        ]
+        self.fake_optimizer = self.make_optimizer(self._fake_trained, betas=(0.0, 0.999), weight_decay=0.01)
         self.optimizers = {"net": self.optimizer, "fake": self.fake_optimizer}
-        self._ema = EMA(self.net, self.average, decay=0.99)
+        self._ema = EMA(self.net, self.average, decay=0.995)
+        self._warmup = torch.zeros((), device=device)
+        self._teacher, self._fake = (
+            velocity_of(some, attention, compiled=self.is_on_gpu) for some in (teacher, self.fake)
+        )
 
-    def step(self, index: int, progress: float) -> dict[str, float]:
-        shape = self.shape.rcm
-        for optimizer, share in ((self.optimizer, 1.0), (self.fake_optimizer, 1.0)):
-            set_learning_rate(optimizer, share * shape.learning_rate, index, progress, warmup=20)
-        x0, text = self.batches.draw(shape.batch_size, self.generator)
-        if progress >= _WARMUP and index % _STUDENT_EVERY:
-            return {"fake": self._update_fake(x0, text, num_steps=1 + index // _STUDENT_EVERY % MAX_STEPS)}
-        attention = draw_attention(self.generator)
-        losses = {"consistency": self._consistency(x0, text, attention, warmup=min(1.0, progress / _WARMUP))}
-        if progress >= _WARMUP:
-            losses["score"] = self._score(x0, text, attention, num_steps=1 + index // _STUDENT_EVERY % MAX_STEPS)
+    def step(self, index: int, progress: float) -> dict[str, Tensor]:
+        for optimizer in (self.optimizer, self.fake_optimizer):
+            set_learning_rate(optimizer, self.size.learning_rate, index, progress, warmup=20)
+        self._warmup.fill_(min(1.0, progress / _WARMUP))
+        # One to four steps by turns; none while the tangent is warmed up.
+        num_steps = 0 if progress < _WARMUP else 1 + index // _STUDENT_EVERY % MAX_STEPS
+        if num_steps and index % _STUDENT_EVERY:
+            return self.recorded.run(("fake", num_steps), lambda: self._update_fake(num_steps))
+        block_q, block_k = GEOMETRIES[self.generator.random() < 0.25]
+        attention = replace(SPARSE, block_q=block_q, block_k=block_k)
+        losses = self.recorded.run((attention, num_steps), lambda: self._update_student(attention, num_steps))
+        self._ema.update(index // _STUDENT_EVERY)
+        return losses
+
+    def _update_student(self, attention: TrainingAttention, num_steps: int) -> dict[str, Tensor]:
+        x0, condition = self.bank.draw(self.size.batch_size)
+        count = max(1, len(x0) // _CONSISTENCY_PART)
+        losses = {"consistency": self._consistency(x0[:count], condition.first(count), attention)}
+        if num_steps:
+            losses["score"] = self._score(x0, condition, attention, num_steps=num_steps)
         self.optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         self.optimizer.step()
-        self._ema.update(index // _STUDENT_EVERY)
-        return {name: float(loss.detach()) for name, loss in losses.items()}
+        return losses
 
-    def _consistency(self, x0: Tensor, text: TextBatch, attention: TrainingAttention, *, warmup: float) -> Tensor:
+    def _student(self, attention: TrainingAttention) -> VelocityFn:
+        return velocity_of(self.net, attention, compiled=self.is_on_gpu)
+
+    def _consistency(self, x0: Tensor, condition: Condition, attention: TrainingAttention) -> Tensor:
         angle = torch.atan(torch.exp(_LOG_SIGMA_MEAN + _LOG_SIGMA_STD * torch.randn(len(x0), device=self.device)))
         c, s = expand(angle.cos()), expand(angle.sin())
         x = c * x0 + s * torch.randn_like(x0)
         with torch.no_grad():
-            teacher = self._teacher_output(x, angle, text)
+            teacher = self._teacher_output(x, angle, condition)
             # cos sin dF/da along the teacher's path, in one pass of forward-mode differentiation.
             student = velocity_of(self.net, replace(attention, explicit=True))
             tangents = (c * s * teacher, angle.cos() * angle.sin())
-            derivative = torch.func.jvp(lambda y, a: trig_output(student, y, a, text), (x, angle), tangents)[1]
+            derivative = torch.func.jvp(lambda y, a: trig_output(student, y, a, condition), (x, angle), tangents)[1]
         with self.precision():
-            output = trig_output(velocity_of(self.net, attention), x, angle, text).float()
-        held = output.detach()
+            output = trig_output(self._student(attention), x, angle, condition).float()
+        held, warmup = output.detach(), self._warmup
         g = -c * (1 - (warmup * s).square()).sqrt() * (held - teacher) - warmup * (c * s * x + derivative)
         g = g / (g.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1) + 0.1)
         return _CONSISTENCY * (output - held - g).square().flatten(1).sum(1).mean()
 
-    def _score(self, x0: Tensor, text: TextBatch, attention: TrainingAttention, *, num_steps: int) -> Tensor:
-        sample = self._simulate(x0, text, attention, num_steps, with_gradient=True)
+    def _score(self, x0: Tensor, condition: Condition, attention: TrainingAttention, *, num_steps: int) -> Tensor:
+        sample = self._simulate(x0, condition, attention, num_steps, with_gradient=True)
         angle = self._draw_score_angles(len(x0))
         noisy = expand(angle.cos()) * sample.detach() + expand(angle.sin()) * torch.randn_like(x0)
         with torch.no_grad():
-            real = denoise(self._teacher_output(noisy, angle, text), noisy, angle)
+            real = denoise(self._teacher_output(noisy, angle, condition), noisy, angle)
             with self.precision():
-                fake = denoise(trig_output(velocity_of(self.fake), noisy, angle, text), noisy, angle)
+                fake = denoise(trig_output(self._fake, noisy, angle, condition), noisy, angle)
             weight = (sample - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-5)
             target = sample - (fake - real) / weight
         return _SCORE * (sample - target).square().flatten(1).sum(1).mean()
 
-    def _update_fake(self, x0: Tensor, text: TextBatch, *, num_steps: int) -> float:
-        sample = self._simulate(x0, text, draw_attention(self.generator), num_steps, with_gradient=False)
+    def _update_fake(self, num_steps: int) -> dict[str, Tensor]:
+        x0, condition = self.bank.draw(self.size.batch_size)
+        sample = self._simulate(x0, condition, SPARSE, num_steps, with_gradient=False)
         angle = self._draw_score_angles(len(x0))
         noisy = expand(angle.cos()) * sample + expand(angle.sin()) * torch.randn_like(x0)
         with self.precision():
-            estimate = denoise(trig_output(velocity_of(self.fake), noisy, angle, text), noisy, angle)
+            estimate = denoise(trig_output(self._fake, noisy, angle, condition), noisy, angle)
         loss = ((sample - estimate).square() / expand(angle.sin()).square()).mean()
         self.fake_optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.fake_optimizer.param_groups[0]["params"], 1.0)
+        torch.nn.utils.clip_grad_norm_(self._fake_trained, 1.0)
         self.fake_optimizer.step()
-        return float(loss.detach())
+        return {"fake": loss}
 
     def _simulate(
-        self, like: Tensor, text: TextBatch, attention: TrainingAttention, num_steps: int, *, with_gradient: bool
+        self, like: Tensor, condition: Condition, attention: TrainingAttention, num_steps: int, *, with_gradient: bool
     ) -> Tensor:
         """Clean latents as serving makes them in `num_steps`; gradients through the last step alone."""
-        student = velocity_of(self.net, attention)
-        times = RCMSchedule(num_steps, _SIGMA_MAX).times
+        student = self._student(attention)
+        times = RCMSchedule(num_steps, self._sigma_max).times
         angles = [math.atan2(t, 1 - t) for t in times]
         x = math.sin(angles[0]) * torch.randn_like(like)
         for i_step, (angle, next_angle) in enumerate(pairwise(angles)):
             is_last = i_step == num_steps - 1
             angle_B = torch.full((len(like),), angle, device=self.device)
             with torch.set_grad_enabled(with_gradient and is_last), self.precision():
-                x = denoise(trig_output(student, x, angle_B, text), x, angle_B).float()
+                x = denoise(trig_output(student, x, angle_B, condition), x, angle_B).float()
             if not is_last:
                 x = math.cos(next_angle) * x + math.sin(next_angle) * torch.randn_like(x)
         return x
 
-    def _teacher_output(self, x: Tensor, angle: Tensor, text: TextBatch) -> Tensor:
+    def _teacher_output(self, x: Tensor, angle: Tensor, condition: Condition) -> Tensor:
         """The guided teacher's F."""
-        nothing = self.batches.texts.nothing(len(x))
 
-        def output(y: Tensor, a: Tensor, some_text: TextBatch) -> Tensor:
-            return trig_output(velocity_of(self.teacher), y, a, some_text)
+        def output(y: Tensor, a: Tensor, some: Condition) -> Tensor:
+            return trig_output(self._teacher, y, a, some)
 
         with self.precision():
-            return guided(output, x, angle, text, nothing).float()
+            return guided(output, x, angle, condition, self.bank.nothing).float()
 
     def _draw_score_angles(self, batch_size: int) -> Tensor:
         u = torch.rand(batch_size, device=self.device)

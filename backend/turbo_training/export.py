@@ -3,50 +3,45 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from turbo_backend.checkpoints.writer import Replacing, write_safetensors
+from turbo_backend.config import ModelConfig
 from turbo_backend.nets.dit import KEEP_FP32, WanDiT
 from turbo_backend.nets.umt5 import UMT5Encoder
 from turbo_backend.nets.vae import WanVAE
-from turbo_training.shapes import RunShape
 
 
 def export_weights(
-    shape: RunShape,
+    model: ModelConfig,
     folder: Path,
     *,
-    denoiser: WanDiT,
-    teacher: WanDiT,
+    denoisers: Mapping[str, WanDiT],
     text_encoder: UMT5Encoder,
     vae: WanVAE,
     tokenizer: Path,
     source: str,
 ) -> None:
-    """Writes a folder that `TURBO_CHECKPOINT_DIR` takes, and the teacher beside its student.
+    """Writes a folder that `TURBO_CHECKPOINT_DIR` takes.
 
     Linears and embeddings are bfloat16, small tensors that are computed with in float32 stay float32, the VAE is
     bfloat16.
 
     Args:
-        denoiser: the distilled student.
-        teacher: written as `<name>-teacher`, for `TURBO_DIT_CHECKPOINT` and the quality command.
+        model: gives the names of the other files.
+        denoisers: by the name of their file; teachers have names of their own, for the quality command.
         tokenizer: folder of `tokenizer.json`.
         source: how the weights were made, for the files' headers.
     """
-    model = shape.model
-    (dit_name, *_), *_ = model.dit_files
     small = tuple(part for part in KEEP_FP32 if part not in ("time_embedding.", "time_projection.", "head."))
-    for network, name, keep_fp32 in (
-        (denoiser, dit_name, small),
-        (teacher, f"{dit_name}-teacher", small),
-        (text_encoder, model.text_encoder_file, ("norm",)),
-        (vae, model.vae_file, ("gamma", "bias")),
-    ):
-        _write(network, folder / f"{name}.safetensors", keep_fp32, source)
+    for name, denoiser in denoisers.items():
+        _write(denoiser, folder / f"{name}.safetensors", small, source)
+    _write(text_encoder, folder / f"{model.text_encoder_file}.safetensors", ("norm",), source)
+    _write(vae, folder / f"{model.vae_file}.safetensors", ("gamma", "bias"), source)
     (folder / model.tokenizer).mkdir(parents=True, exist_ok=True)
     shutil.copy(tokenizer / "tokenizer.json", folder / model.tokenizer / "tokenizer.json")
 

@@ -1,4 +1,4 @@
-"""The diffusion of training: batches with their text, times, velocities, guidance, and the teacher's sampler.
+"""The diffusion of training: times, velocities, guidance, and the teacher's sampler.
 
     x_t = (1 - t) x_0 + t eps,   v = eps - x_0,   x_0 = x_t - t v
 
@@ -7,20 +7,14 @@ Source: rectified flow as Wan2.1 uses it; guidance after Ho and Salimans, "Class
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from turbo_backend.nets.dit import WanDiT
-from turbo_backend.nets.umt5 import UMT5Encoder
-from turbo_backend.tokenizer import Tokenizer
-from turbo_training.captions import LANGUAGES, caption
-from turbo_training.dit_forward import DENSE, TextBatch, TrainingAttention, velocity
-from turbo_training.latents import LatentBank
-from turbo_training.scene import Scene
-from turbo_training.text_forward import encode_text, tokenize
+from turbo_training.attention_forward import DENSE, TrainingAttention
+from turbo_training.dit_forward import Condition, TextBatch, velocity
 
 #: How far the guided velocity goes beyond the unguided one; the student learns the guided one.
 GUIDANCE = 3.5
@@ -28,47 +22,8 @@ GUIDANCE = 3.5
 TIME_SHIFT = 3.0
 _TIMES_TO_NETWORK = 1000.0
 
-#: (x_t, t [B], text) -> v
-VelocityFn = Callable[[Tensor, Tensor, TextBatch], Tensor]
-
-
-class TextSource:
-    """Captions and the frozen encoder that embeds them."""
-
-    def __init__(self, encoder: UMT5Encoder, tokenizer: Tokenizer, device: torch.device) -> None:
-        self.encoder, self.tokenizer, self.device = encoder, tokenizer, device
-
-    @torch.no_grad()
-    def embed(self, captions: Sequence[str]) -> TextBatch:
-        """Embeds captions; the empty caption stands for no condition."""
-        token_ids, lengths = tokenize(self.tokenizer, captions, self.device)
-        text = encode_text(self.encoder, token_ids, lengths)
-        return TextBatch(text.embeddings.float(), text.lengths)
-
-    def describe(self, scenes: Sequence[Scene], generator: random.Random, *, dropped: float = 0.0) -> TextBatch:
-        """Embeds a fresh caption a scene, in any language; a share `dropped` of them is empty."""
-        return self.embed(
-            [
-                "" if generator.random() < dropped else caption(scene, generator.choice(LANGUAGES), generator)
-                for scene in scenes
-            ]
-        )
-
-    def nothing(self, batch_size: int) -> TextBatch:
-        """The empty caption for each of a batch."""
-        text = self.embed([""])
-        return TextBatch(text.embeddings.expand(batch_size, -1, -1), text.lengths.expand(batch_size))
-
-
-class Batches:
-    """Draws latents with their text."""
-
-    def __init__(self, bank: LatentBank, texts: TextSource) -> None:
-        self._bank, self.texts = bank, texts
-
-    def draw(self, batch_size: int, generator: random.Random, *, dropped: float = 0.0) -> tuple[Tensor, TextBatch]:
-        scenes, latents = self._bank.draw(batch_size, generator)
-        return latents, self.texts.describe(scenes, generator, dropped=dropped)
+#: (x_t, t [B], condition) -> v
+VelocityFn = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 def draw_times(batch_size: int, device: torch.device, *, shift: float = TIME_SHIFT) -> Tensor:
@@ -82,20 +37,38 @@ def expand(t_B: Tensor) -> Tensor:
     return t_B.view(-1, 1, 1, 1, 1)
 
 
-def velocity_of(net: WanDiT, attention: TrainingAttention = DENSE) -> VelocityFn:
+def velocity_of(net: WanDiT, attention: TrainingAttention = DENSE, *, compiled: bool = False) -> VelocityFn:
     """The network as a function of time in [0, 1]."""
-    return lambda x, t, text: velocity(net, x, _TIMES_TO_NETWORK * t, text, attention=attention)
+
+    def function(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return velocity(net, x, _TIMES_TO_NETWORK * t, condition, attention=attention, compiled=compiled)
+
+    return function
 
 
-def guided(function: VelocityFn, x: Tensor, t: Tensor, text: TextBatch, nothing: TextBatch) -> Tensor:
-    """v(nothing) + g (v(text) - v(nothing))."""
-    with_text, without = function(x, t, text), function(x, t, nothing)
+def guided(function: VelocityFn, x: Tensor, t: Tensor, condition: Condition, nothing: TextBatch) -> Tensor:
+    """v(nothing) + g (v(text) - v(nothing)), both in one batch; an image is given to both.
+
+    Args:
+        nothing: the empty caption [1, S', C], S' at most as many rows as the texts have.
+    """
+    batch_size, num_rows, _ = condition.text.embeddings.shape
+    empty = torch.zeros_like(condition.text.embeddings)
+    empty[:, : nothing.embeddings.shape[1]] = nothing.embeddings[:, :num_rows]
+    both = Condition(
+        TextBatch(
+            torch.cat((condition.text.embeddings, empty)),
+            torch.cat((condition.text.lengths, nothing.lengths.expand(batch_size))),
+        ),
+        None if condition.image is None else condition.image.repeat(2, 1, 1, 1, 1),
+    )
+    with_text, without = function(x.repeat(2, 1, 1, 1, 1), t.repeat(2), both).chunk(2)
     return without + GUIDANCE * (with_text - without)
 
 
 @torch.no_grad()
 def sample_teacher(
-    function: VelocityFn, noise: Tensor, text: TextBatch, nothing: TextBatch, *, num_steps: int = 50
+    function: VelocityFn, noise: Tensor, condition: Condition, nothing: TextBatch, *, num_steps: int = 50
 ) -> Tensor:
     """Euler's method from t = 1 to 0 with guidance, times shifted as in training; returns latents."""
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
@@ -104,6 +77,6 @@ def sample_teacher(
     for t, t_next in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
         # The network never saw t = 1 itself.
         t_B = torch.full((len(noise),), min(t, 0.999), device=noise.device)
-        v = guided(function, x.float(), t_B, text, nothing)
+        v = guided(function, x.float(), t_B, condition, nothing)
         x = x + (t_next - t) * v.double()
     return x.float()

@@ -1,62 +1,140 @@
-"""Latents of many clips, encoded once and kept on the device, for all stages of the denoiser."""
+"""What the denoiser's stages train on: latents of many clips with their captions, made once and kept on the device."""
 
 from __future__ import annotations
 
 import random
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from turbo_backend.nets.vae import WanVAE
-from turbo_training.scene import Scene, sample_scene
+from turbo_backend.tokenizer import Tokenizer
+from turbo_training.captions import LANGUAGES, caption
+from turbo_training.dit_forward import Condition, TextBatch
+from turbo_training.scene import sample_scene
 from turbo_training.shapes import RunShape
 from turbo_training.sheets import to_video
+from turbo_training.text_forward import TextSource, tokenize
 from turbo_training.vae_forward import encode_moments, normalize_latents
 from turbo_training.world import render
 
-#: Share of the clips that are half as long.
-_SHORT = 0.2
+#: Captions of each clip, in languages drawn at random, and the rows that they are padded to.
+_CAPTIONS, _ROWS = 4, 80
+#: Share of clips in which the light changes, by task; captions of text-to-video do not speak of changes.
+_CHANGING_LIGHT = {"t2v": 0.0, "i2v": 0.3}
+#: Clips rendered together, and encoded together.
+_RENDERED, _ENCODED = 256, 16
 
 
 @dataclass(frozen=True, slots=True)
 class LatentBank:
-    """Scenes and their latents: those of full length and the shorter ones, each bfloat16 [N, 16, T, h, w]."""
+    """Clips as the denoiser sees them.
 
-    scenes: tuple[list[Scene], list[Scene]]
-    latents: tuple[Tensor, Tensor]
+    Attributes:
+        latents: bfloat16 [N, 16, T, h, w].
+        images: the same of each clip's first frame followed by grey (image-to-video), or None.
+        text: bfloat16 [N, captions, S, C].
+        lengths: [N, captions].
+        nothing: the empty caption, [1, S, C].
+    """
 
-    def draw(self, batch_size: int, generator: random.Random) -> tuple[list[Scene], Tensor]:
-        """A batch of one length: scenes and float32 latents."""
-        short = int(generator.random() < _SHORT and len(self.scenes[1]) > 0)
-        rows = [generator.randrange(len(self.scenes[short])) for _ in range(batch_size)]
-        chosen = torch.tensor(rows, device=self.latents[short].device)
-        return [self.scenes[short][row] for row in rows], self.latents[short][chosen].float()
+    latents: Tensor
+    images: Tensor | None
+    text: Tensor
+    lengths: Tensor
+    nothing: TextBatch
+
+    def draw(self, batch_size: int, *, dropped: float = 0.0) -> tuple[Tensor, Condition]:
+        """Float32 latents and what they show; a share `dropped` of the captions is empty."""
+        device = self.latents.device
+        rows = torch.randint(len(self.latents), (batch_size,), device=device)
+        which = torch.randint(self.text.shape[1], (batch_size,), device=device)
+        is_dropped = torch.rand(batch_size, device=device) < dropped
+        text = TextBatch(
+            torch.where(is_dropped[:, None, None], self.nothing.embeddings, self.text[rows, which].float()),
+            torch.where(is_dropped, self.nothing.lengths, self.lengths[rows, which]),
+        )
+        image = None if self.images is None else with_mask(self.images[rows].float())
+        return self.latents[rows].float(), Condition(text, image)
+
+
+def with_mask(images: Tensor) -> Tensor:
+    """Latents of images [B, 16, T, h, w] behind the mask that `image_encoder` gives: [B, 20, T, h, w]."""
+    mask = torch.zeros_like(images[:, :4])
+    mask[:, :, 0] = 1
+    return torch.cat((mask, images), dim=1)
 
 
 @torch.no_grad()
-def fill_bank(
-    vae: WanVAE, shape: RunShape, *, seed: int, device: torch.device, minutes: float, at_once: int = 8
-) -> LatentBank:
+def encode_clips(vae: WanVAE, clips: Tensor) -> Tensor:
+    """uint8 [B, F, H, W, 3] to bfloat16 latents as serving has them."""
+    with torch.autocast(clips.device.type, torch.bfloat16, enabled=clips.is_cuda):
+        return normalize_latents(vae, encode_moments(vae, to_video(clips))[0]).to(torch.bfloat16)
+
+
+@torch.no_grad()
+def encode_first_frames(vae: WanVAE, clips: Tensor) -> Tensor:
+    """The same of the first frame of each clip, followed by grey."""
+    video = to_video(clips)
+    video[:, :, 1:] = 0
+    with torch.autocast(clips.device.type, torch.bfloat16, enabled=clips.is_cuda):
+        return normalize_latents(vae, encode_moments(vae, video)[0]).to(torch.bfloat16)
+
+
+def write_latents(
+    path: Path,
+    vae: WanVAE,
+    tokenizer: Tokenizer,
+    shape: RunShape,
+    *,
+    task: str,
+    num_clips: int,
+    minutes: float,
+    seed: int,
+) -> None:
     """Renders and encodes scenes of training until there are enough or the time is up, whichever comes first.
 
-    The same seed gives the same scenes in the same order, however many there are.
+    The same seed gives the same scenes and captions in the same order, however many there are.
     """
-    generator = random.Random(seed)
-    scenes: tuple[list[Scene], list[Scene]] = ([], [])
-    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-    end = time.monotonic() + 60 * minutes
-    short_frames = 1 + 4 * ((shape.num_frames - 1) // 8)
-    while len(scenes[0]) + len(scenes[1]) < shape.num_latents and (time.monotonic() < end or not scenes[0]):
-        short = int(generator.random() < _SHORT and short_frames > 1)
-        batch = [sample_scene(generator) for _ in range(min(at_once, shape.num_latents))]
-        num_frames = short_frames if short else shape.num_frames
-        clips = render(batch, num_frames=num_frames, height=shape.height, width=shape.width, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            mean, _ = encode_moments(vae, to_video(clips))
-        scenes[short].extend(batch)
-        parts[short].append(normalize_latents(vae, mean).to(torch.bfloat16))
-    if not parts[1]:
-        parts[1].append(parts[0][0][:0])
-    return LatentBank(scenes, (torch.cat(parts[0]), torch.cat(parts[1])))
+    device, generator = vae.conv1.weight.device, random.Random(seed)
+    parts: dict[str, list[Tensor]] = {"latents": [], "images": [], "token_ids": [], "lengths": []}
+    count, at_once, end = 0, min(_RENDERED, num_clips), time.monotonic() + 60 * minutes
+    while count < num_clips and (time.monotonic() < end or not count):
+        scenes = [sample_scene(generator, changing_light=_CHANGING_LIGHT[task]) for _ in range(at_once)]
+        clips = render(scenes, num_frames=shape.num_frames, height=shape.height, width=shape.width, device=device)
+        for some in clips.split(_ENCODED):
+            parts["latents"].append(encode_clips(vae, some))
+            if task == "i2v":
+                parts["images"].append(encode_first_frames(vae, some))
+        # While the device encodes.
+        captions = [
+            caption(scene, generator.choice(LANGUAGES), generator, task=task)
+            for scene in scenes
+            for _ in range(_CAPTIONS)
+        ]
+        token_ids, lengths = tokenize(tokenizer, captions, torch.device("cpu"), num_rows=_ROWS)
+        parts["token_ids"].append(token_ids.to(torch.int16))
+        parts["lengths"].append(lengths)
+        count += len(scenes)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # else the queue, not the time, would end this
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    torch.save({name: torch.cat(some).cpu() for name, some in parts.items() if some}, temporary)
+    temporary.replace(path)
+
+
+def load_bank(path: Path, texts: TextSource) -> LatentBank:
+    """What `write_latents` wrote, captions embedded, on the encoder's device."""
+    state = torch.load(path, map_location=texts.device, weights_only=True)
+    text = texts.embed_tokens(state["token_ids"].int(), state["lengths"])
+    return LatentBank(
+        state["latents"],
+        state.get("images"),
+        text.embeddings.unflatten(0, (-1, _CAPTIONS)),
+        text.lengths.unflatten(0, (-1, _CAPTIONS)),
+        texts.embed([""], num_rows=_ROWS),
+    )

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from turbo_backend.checkpoints import DenoiserLayout, open_checkpoint
+from turbo_backend.config import MODELS
 from turbo_backend.nets.vae import WanVAE
 from turbo_backend.noise import draw_noise
 from turbo_backend.parameters import Delivery, make_parameters
@@ -26,8 +27,9 @@ from turbo_backend.stages.loading import load_text_encoder, load_vae_decoder
 from turbo_backend.stages.text_encoder import EncodedPrompt
 from turbo_backend.stages.vae_decoder import DecodedVideo, DecodeRequest
 from turbo_training.captions import caption
-from turbo_training.dit_forward import TextBatch
+from turbo_training.dit_forward import Condition, TextBatch
 from turbo_training.flow import sample_teacher, velocity_of
+from turbo_training.image_quality import ImageVerdict, measure_image_to_video
 from turbo_training.judge import judge, tally
 from turbo_training.measures import measure
 from turbo_training.scene import Scene, sample_scene
@@ -38,7 +40,7 @@ from turbo_training.world import render
 #: Attributes with a target, in percent, for the student at four steps.
 TARGETS = {"subject": 85.0, "color": 92.0, "motion": 88.0, "surroundings": 90.0, "light": 90.0}
 _TEACHER_STEPS = 50
-_PSNR_TARGET = 30.0
+_PSNR_TARGET, _FIRST_FRAME_TARGET, _IMAGE_MOTION_TARGET = 30.0, 28.0, 85.0
 
 Verdict = dict[str, list[bool]]
 
@@ -87,6 +89,7 @@ class Plan:
         num_variant_prompts: the first of them, for each variant.
         num_teacher_prompts: the first of them, for the teacher, if its file is there.
         num_psnr_clips: clips through the VAE.
+        num_image_prompts: images for image-to-video, if its file is there.
         num_frames: of each clip.
         seconds: no further prompt of the main figures is begun after this; variants come first.
     """
@@ -95,6 +98,7 @@ class Plan:
     num_variant_prompts: int = 8
     num_teacher_prompts: int = 0
     num_psnr_clips: int = 3
+    num_image_prompts: int = 12
     num_frames: int = 33
     seconds: float = 540.0
     variants: tuple[Variant, ...] = VARIANTS
@@ -108,6 +112,7 @@ class Results:
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
     languages: list[str] = field(default_factory=list)
     psnr: list[float] = field(default_factory=list)
+    images: list[ImageVerdict] = field(default_factory=list)
 
     def add(self, name: str, verdict: Verdict, milliseconds: float) -> None:
         self.verdicts.setdefault(name, []).append(verdict)
@@ -154,6 +159,12 @@ def run_quality(
     if plan.num_teacher_prompts:
         _run_teacher(settings, prompts[: plan.num_teacher_prompts], plan, results)
         say(_line("teacher", results.verdicts["teacher"]))
+    if plan.num_image_prompts and (folder / f"{MODELS['tiny-I2V'].dit_files[0][0]}.safetensors").is_file():
+        served = Pipeline.from_settings(settings.model_copy(update={"model": "tiny-I2V"}))
+        results.images = list(
+            measure_image_to_video(served, num_prompts=plan.num_image_prompts, num_frames=plan.num_frames)
+        )
+        say(f"image-to-video ({len(results.images)} clips): first frame {_mean_first_frame(results):.1f} dB")
     clips = []
     for index, prompt in enumerate(prompts):
         if index >= plan.num_variant_prompts and time.monotonic() - started > plan.seconds:
@@ -198,22 +209,16 @@ def _run_teacher(settings: Settings, prompts: Sequence[Prompt], plan: Plan, resu
     texts, decoder = load_text_encoder(settings), load_vae_decoder(settings)
     shape = make_parameters(model, {"NUM_FRAMES": plan.num_frames}, seed=1).latent_shape
 
-    def embed(text: str) -> TextBatch:
-        # The served encoder refuses the empty prompt, which guidance needs.
-        tokens = texts._tokenizer.encode(text)
-        rows = texts._run([tuple(tokens)])[tuple(tokens)]
-        return TextBatch(rows[None].to(settings.device), torch.tensor([len(rows)], device=settings.device))
-
-    nothing = embed("")
+    # The served encoder refuses the empty prompt, which guidance needs.
+    empty = tuple(texts._tokenizer.encode(""))
+    nothing = _as_batch(texts._run([empty])[empty], settings)
     for prompt in prompts:
         started = time.perf_counter()
         (encoded,) = texts.encode([prompt.text])
         assert isinstance(encoded, EncodedPrompt)
-        text = TextBatch(
-            encoded.embeddings[None].to(settings.device), torch.tensor([encoded.length], device=settings.device)
-        )
+        condition = Condition(_as_batch(encoded.embeddings[: encoded.length], settings))
         noise = draw_noise(prompt.seed, 0, (model.dit.out_channels, *shape))[None].to(settings.device)
-        latents = sample_teacher(velocity_of(net), noise, text, nothing, num_steps=_TEACHER_STEPS)
+        latents = sample_teacher(velocity_of(net), noise, condition, nothing, num_steps=_TEACHER_STEPS)
         milliseconds = 1000 * (time.perf_counter() - started)
         request = DecodeRequest(
             latents=latents[0].cpu(), report={"stages": {}, "parameters": {}}, delivery=Delivery(container="raw")
@@ -222,6 +227,11 @@ def _run_teacher(settings: Settings, prompts: Sequence[Prompt], plan: Plan, resu
         assert isinstance(video, DecodedVideo)
         measured = measure(torch.from_numpy(video.frames), num_subjects=len(prompt.scene.actors))
         results.add("teacher", judge(prompt.scene, measured), milliseconds)
+
+
+def _as_batch(rows: torch.Tensor, settings: Settings) -> TextBatch:
+    """Embeddings [L, C] of one text."""
+    return TextBatch(rows[None].to(settings.device), torch.tensor([len(rows)], device=settings.device))
 
 
 def _measure_vae(settings: Settings, plan: Plan) -> Iterator[float]:
@@ -291,12 +301,22 @@ def summarize(results: Results, *, recorded_teacher: Mapping[str, float] | None 
     if results.psnr:
         value = sum(results.psnr) / len(results.psnr)
         figure("VAE PSNR, dB", value, f">= {_PSNR_TARGET:g}", value >= _PSNR_TARGET, len(results.psnr))
+    if results.images:
+        value, motions = _mean_first_frame(results), [right for one in results.images for right in one.motions]
+        count, target = len(results.images), _FIRST_FRAME_TARGET
+        figure("I2V first frame, dB", value, f">= {target:g}", value >= target, count)
+        value, target = 100 * sum(motions) / len(motions), _IMAGE_MOTION_TARGET
+        figure("I2V motion %", value, f">= {target:g}", value >= target, count)
     return {
         "figures": figures,
         "speedup": _speedup(results),
         "variants": {name: _percentages(verdicts) for name, verdicts in results.verdicts.items()},
         "met": all(bool(one["met"]) for one in figures.values()),
     }
+
+
+def _mean_first_frame(results: Results) -> float:
+    return sum(one.first_frame for one in results.images) / len(results.images)
 
 
 def _percentages(verdicts: Sequence[Verdict]) -> dict[str, float]:

@@ -3,90 +3,116 @@
 from __future__ import annotations
 
 import json
-import random
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.umt5 import UMT5Encoder
-from turbo_backend.sampler import RCMSchedule, sample_steps
 from turbo_backend.tokenizer import Tokenizer
-from turbo_training.captions import caption
+from turbo_training.attention_forward import DENSE, SPARSE
 from turbo_training.distill_rcm import RCMStage
-from turbo_training.dit_forward import TrainingAttention
 from turbo_training.export import export_weights
-from turbo_training.finetune_sla import SLAStage
-from turbo_training.flow import Batches, TextSource, sample_teacher, velocity_of
-from turbo_training.latents import fill_bank
-from turbo_training.scene import sample_scene
-from turbo_training.shapes import RunShape, StageShape
-from turbo_training.sheets import to_clip, write_sheet
+from turbo_training.finetune_sla import SparseStage, take_image
+from turbo_training.latents import LatentBank, load_bank, write_latents
+from turbo_training.samples import draw_samples
+from turbo_training.shapes import RunShape
+from turbo_training.text_forward import TextSource
 from turbo_training.train_teacher import TeacherStage
 from turbo_training.train_text import TextStage
 from turbo_training.train_tokenizer import train_tokenizer
 from turbo_training.train_vae import VAEStage, load_vae
-from turbo_training.trainer import Budget, Stage, is_done, load_modules, run_stage
-from turbo_training.vae_forward import decode_latents, latent_statistics
+from turbo_training.trainer import Budget, Paused, Stage, is_done, load_modules, run_stage
 
-STAGES = ("vae", "text", "teacher", "sla", "rcm", "export")
-#: Latents take so much less time than they save that stages after the first fill the bank again.
-_SHEET_PROMPTS = 12
+STAGES = ("vae", "text", "latents", "teacher", "sla", "rcm", "i2v_latents", "i2v", "i2v_rcm", "export")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Run:
-    """One training run in one folder."""
+    """One training run in one folder.
+
+    Attributes:
+        minutes: of all stages together, of which each takes its share.
+        pause_at: value of `time.monotonic()` at which to save and stop.
+    """
 
     shape: RunShape
     folder: Path
     minutes: float
     seed: int
     device: torch.device
+    pause_at: float = math.inf
     quiet: bool = False
+    _banks: dict[str, LatentBank] = field(default_factory=dict)
 
     def train(self, stages: tuple[str, ...] = STAGES) -> dict[str, float]:
-        """Runs the stages that are not done yet; returns seconds by stage."""
+        """Runs the stages that are not done yet; returns seconds by stage.
+
+        Raises:
+            Paused: the time is up; the same call again goes on.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.set_float32_matmul_precision("high")
         seconds: dict[str, float] = {}
         if not (self.folder / "tokenizer" / "tokenizer.json").is_file():
             train_tokenizer(self.folder / "tokenizer", vocab_size=self.shape.model.text_encoder.vocab_size)
-        batches: Batches | None = None
         for name in stages:
             started = time.monotonic()
             if name == "export":
                 self.export()
+            elif name in ("latents", "i2v_latents"):
+                self.write_latents(name)
             elif not is_done(self.folder / name):
-                if name in ("teacher", "sla", "rcm") and batches is None:
-                    batches = self.fill_batches()
-                    seconds["latents"] = time.monotonic() - started
-                    started = time.monotonic()
-                self._run(self._make(name, batches), getattr(self.shape, name))
-                if name in ("teacher", "sla", "rcm"):
-                    self.draw_samples(name)
+                self._run(name)
             seconds[name] = time.monotonic() - started
         return seconds
 
-    def _run(self, stage: Stage, size: StageShape) -> None:
+    def _run(self, name: str) -> None:
+        size = getattr(self.shape, name)
         budget = Budget(max_steps=size.max_steps, minutes=max(size.share * self.minutes, 1e-6))
-        run_stage(stage, self.folder / stage.name, budget, seed=self.seed, quiet=self.quiet)
+        run_stage(
+            self._make(name),
+            self.folder / name,
+            budget,
+            seed=self.seed,
+            pause_at=self.pause_at,
+            quiet=self.quiet,
+            finish=lambda: self._draw_samples(name),
+        )
 
-    def _make(self, name: str, batches: Batches | None) -> Stage:
+    def _make(self, name: str) -> Stage:
+        shape, seed, device = self.shape, self.seed, self.device
         if name == "vae":
-            return VAEStage(self.shape, seed=self.seed, device=self.device)
+            return VAEStage(shape, seed=seed, device=device)
         if name == "text":
-            return TextStage(self.shape, self.tokenizer(), seed=self.seed, device=self.device)
-        assert batches is not None
+            return TextStage(shape, self.tokenizer(), seed=seed, device=device)
         if name == "teacher":
-            return TeacherStage(self.shape, batches, seed=self.seed, device=self.device)
-        teacher = self.denoiser("teacher")
+            return TeacherStage(shape, self.bank("latents"), seed=seed, device=device)
         if name == "sla":
-            return SLAStage(self.shape, batches, teacher, seed=self.seed, device=self.device)
-        assert name == "rcm"
-        return RCMStage(self.shape, batches, teacher, self.denoiser("sla"), seed=self.seed, device=self.device)
+            net, dense = self.denoiser("teacher"), self.denoiser("teacher")
+            return SparseStage(name, shape.sla, self.bank("latents"), net, dense, seed=seed, device=device)
+        if name == "i2v":
+            net = take_image(self.denoiser("sla"), shape.image_model.dit)
+            return SparseStage(name, shape.i2v, self.bank("i2v_latents"), net, None, seed=seed, device=device)
+        if name == "rcm":
+            bank, model, teacher, student, attention = "latents", shape.model, "teacher", "sla", DENSE
+        else:
+            # Image-to-video learned with sparse attention: that is its teacher.
+            bank, model, teacher, student, attention = "i2v_latents", shape.image_model, "i2v", "i2v", SPARSE
+        return RCMStage(
+            name,
+            getattr(shape, name),
+            self.bank(bank),
+            self.denoiser(teacher),
+            self.denoiser(student),
+            attention=attention,
+            sigma_max=model.default_sigma_max,
+            seed=seed,
+            device=device,
+        )
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.folder / "tokenizer")
@@ -98,58 +124,66 @@ class Run:
         return TextSource(encoder.to(self.device).eval().requires_grad_(False), self.tokenizer(), self.device)
 
     def denoiser(self, stage: str) -> WanDiT:
-        """The finished denoiser of a stage: `teacher`, `sla` or `rcm`."""
-        net = WanDiT(self.shape.model.dit)
+        """The finished denoiser of a stage: `teacher`, `sla`, `rcm`, `i2v` or `i2v_rcm`."""
+        model = self.shape.image_model if stage.startswith("i2v") else self.shape.model
+        net = WanDiT(model.dit)
         load_modules(self.folder / stage, {"ema": net})
         return net.to(self.device).eval().requires_grad_(False)
 
-    def fill_batches(self) -> Batches:
-        """Latents and text for the denoiser's stages."""
-        vae = load_vae(self.shape, self.folder / "vae", self.device)
-        minutes = self.shape.latents_share * self.minutes
-        bank = fill_bank(vae, self.shape, seed=self.seed + 1, device=self.device, minutes=minutes)
-        return Batches(bank, self.text_source())
-
-    @torch.no_grad()
-    def draw_samples(self, stage: str) -> None:
-        """A sheet of held-out prompts: the teacher with guidance, students in four steps."""
-        shape, generator = self.shape, random.Random(11)
-        scenes = [sample_scene(generator, held_out=True) for _ in range(min(_SHEET_PROMPTS, shape.rcm.batch_size))]
-        captions = [caption(scene, ("en", "zh")[i % 2], generator) for i, scene in enumerate(scenes)]
-        texts, net = self.text_source(), self.denoiser(stage)
-        text = texts.embed(captions)
-        size = (shape.model.vae.z_dim, 1 + (shape.num_frames - 1) // 4, shape.height // 8, shape.width // 8)
-        noise = torch.randn(
-            len(scenes), *size, device=self.device, generator=torch.Generator(self.device).manual_seed(7)
+    def write_latents(self, name: str) -> None:
+        """Encodes clips of training, if that was not done."""
+        path, size = self.folder / name / "latents.pt", getattr(self.shape, name)
+        if path.is_file():
+            return
+        minutes = size.share * self.minutes
+        if time.monotonic() + 60 * minutes > self.pause_at:
+            raise Paused(f"{name}: not begun, since it is made at one go")
+        is_i2v = name == "i2v_latents"
+        write_latents(
+            path,
+            load_vae(self.shape, self.folder / "vae", self.device),
+            self.tokenizer(),
+            self.shape,
+            task="i2v" if is_i2v else "t2v",
+            num_clips=size.num_clips,
+            minutes=minutes,
+            seed=self.seed + 1 + is_i2v,
         )
-        if stage == "rcm":
-            student = velocity_of(net, TrainingAttention(topk=0.15))
 
-            def function(x: torch.Tensor, timesteps: torch.Tensor, _step: int) -> torch.Tensor:
-                return student(x.float(), timesteps.float().to(x.device) / 1000, text)
+    def bank(self, name: str) -> LatentBank:
+        """Latents with their captions, of which one bank is kept on the device at a time."""
+        if name not in self._banks:
+            self._banks.clear()
+            self._banks[name] = load_bank(self.folder / name / "latents.pt", self.text_source())
+        return self._banks[name]
 
-            *_, last = sample_steps(function, lambda _step: torch.randn_like(noise), RCMSchedule(4, 80.0), ode=False)
-            latents = last.latents.float()
-        else:
-            attention = TrainingAttention(topk=0.15 if stage == "sla" else None)
-            latents = sample_teacher(velocity_of(net, attention), noise, text, texts.nothing(len(scenes)), num_steps=25)
-        vae = load_vae(shape, self.folder / "vae", self.device)
-        shift, scale = latent_statistics(vae, self.device)
-        clips = [to_clip(decode_latents(vae, latent[None] * scale + shift)[0]).cpu() for latent in latents]
-        write_sheet(clips, captions, self.folder / stage / "sheet.png")
+    def _draw_samples(self, name: str) -> None:
+        if name not in ("vae", "text"):
+            draw_samples(
+                self.shape,
+                self.denoiser(name),
+                self.text_source(),
+                load_vae(self.shape, self.folder / "vae", self.device),
+                stage=name,
+                path=self.folder / name / "sheet.png",
+            )
 
     def export(self) -> None:
-        """Writes `weights/`, which `TURBO_CHECKPOINT_DIR` takes for the model `tiny`."""
-        source = f"turbo_training, seed {self.seed}, {self.minutes:g} minutes at most"
+        """Writes `weights/`, which `TURBO_CHECKPOINT_DIR` takes for the models `tiny` and `tiny-I2V`."""
+        model, image_model = self.shape.model, self.shape.image_model
+        denoisers = {
+            model.dit_files[0][0]: self.denoiser("rcm"),
+            f"{model.dit_files[0][0]}-teacher": self.denoiser("teacher"),
+            image_model.dit_files[0][0]: self.denoiser("i2v_rcm"),
+        }
         export_weights(
-            self.shape,
+            model,
             self.folder / "weights",
-            denoiser=self.denoiser("rcm"),
-            teacher=self.denoiser("teacher"),
+            denoisers=denoisers,
             text_encoder=self.text_source().encoder,
             vae=load_vae(self.shape, self.folder / "vae", self.device),
             tokenizer=self.folder / "tokenizer",
-            source=source,
+            source=f"turbo_training, seed {self.seed}, {self.minutes:g} minutes at most",
         )
 
 

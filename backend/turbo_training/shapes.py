@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from turbo_backend.config import MODELS, DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
 
@@ -18,69 +18,93 @@ class StageShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentsShape:
+    """Clips whose latents are kept: how many at most, and the share of the total time for encoding them."""
+
+    num_clips: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunShape:
     """Everything that sizes a run.
 
     Attributes:
-        model: shapes of the networks.
+        model, image_model: shapes of the networks; the second differs in what its denoiser takes.
         num_frames, height, width: of the clips.
         crop: side of the squares that the VAE is trained on, in pixels.
-        num_latents: clips whose latents are kept for the denoiser's stages.
-        latents_share: of the total time, for encoding them.
+        vae, text, teacher, sla, rcm, i2v, i2v_rcm: stages by name.
+        latents, i2v_latents: what the denoiser's stages train on.
     """
 
     model: ModelConfig
+    image_model: ModelConfig
     num_frames: int
     height: int
     width: int
     crop: int
-    num_latents: int
-    latents_share: float
     vae: StageShape
     text: StageShape
+    latents: LatentsShape
     teacher: StageShape
     sla: StageShape
     rcm: StageShape
+    i2v_latents: LatentsShape
+    i2v: StageShape
+    i2v_rcm: StageShape
 
 
 FULL = RunShape(
     model=MODELS["tiny"],
+    image_model=MODELS["tiny-I2V"],
     num_frames=33,
     height=144,
     width=256,
     crop=112,
-    num_latents=40_000,
-    latents_share=0.12,
-    vae=StageShape(max_steps=20_000, share=0.20, batch_size=16, learning_rate=1e-3),
-    text=StageShape(max_steps=3_000, share=0.06, batch_size=512, learning_rate=1e-3),
-    teacher=StageShape(max_steps=60_000, share=0.38, batch_size=128, learning_rate=8e-4),
-    sla=StageShape(max_steps=10_000, share=0.08, batch_size=64, learning_rate=2e-4),
-    rcm=StageShape(max_steps=20_000, share=0.16, batch_size=48, learning_rate=5e-5),
+    vae=StageShape(max_steps=40_000, share=0.17, batch_size=8, learning_rate=1e-3),
+    text=StageShape(max_steps=6_000, share=0.03, batch_size=512, learning_rate=1e-3),
+    latents=LatentsShape(num_clips=32_000, share=0.055),
+    teacher=StageShape(max_steps=60_000, share=0.28, batch_size=64, learning_rate=8e-4),
+    sla=StageShape(max_steps=10_000, share=0.045, batch_size=64, learning_rate=2e-4),
+    rcm=StageShape(max_steps=30_000, share=0.20, batch_size=16, learning_rate=1e-4),
+    i2v_latents=LatentsShape(num_clips=8_000, share=0.03),
+    i2v=StageShape(max_steps=20_000, share=0.075, batch_size=64, learning_rate=4e-4),
+    i2v_rcm=StageShape(max_steps=20_000, share=0.075, batch_size=16, learning_rate=1e-4),
+)
+
+_SMOKE_MODEL = ModelConfig(
+    name="smoke",
+    dit=DiTConfig(dim=64, ffn_dim=128, num_heads=1, num_layers=2, text_dim=32, text_len=256),
+    text_encoder=TextEncoderConfig(vocab_size=512, dim=32, dim_attn=32, dim_ffn=64, num_heads=2, num_layers=1),
+    vae=VAEConfig(base_dim=4),
+    dit_files=(("tiny-T2V",),),
+    text_encoder_file="tiny-umt5",
+    vae_file="tiny-VAE",
+    tokenizer="tokenizer",
+    resolutions=("144p",),
+    default_resolution="144p",
+    default_num_frames=5,
 )
 
 SMOKE = RunShape(
-    model=ModelConfig(
-        name="smoke",
-        dit=DiTConfig(dim=64, ffn_dim=128, num_heads=1, num_layers=2, text_dim=32, text_len=256),
-        text_encoder=TextEncoderConfig(vocab_size=512, dim=32, dim_attn=32, dim_ffn=64, num_heads=2, num_layers=1),
-        vae=VAEConfig(base_dim=4),
-        dit_files=(("tiny-T2V",),),
-        text_encoder_file="tiny-umt5",
-        vae_file="tiny-VAE",
-        tokenizer="tokenizer",
-        resolutions=("144p",),
-        default_resolution="144p",
-        default_num_frames=5,
+    model=_SMOKE_MODEL,
+    image_model=replace(
+        _SMOKE_MODEL,
+        dit=replace(_SMOKE_MODEL.dit, in_channels=36),
+        dit_files=(("tiny-I2V",), ("tiny-I2V",)),
+        default_sigma_max=200.0,
     ),
     num_frames=5,
     height=48,
     width=64,
     crop=32,
-    num_latents=8,
-    latents_share=0.1,
     vae=StageShape(max_steps=3, share=0.2, batch_size=2, learning_rate=1e-3),
     text=StageShape(max_steps=3, share=0.1, batch_size=4, learning_rate=1e-3),
-    teacher=StageShape(max_steps=4, share=0.3, batch_size=4, learning_rate=1e-3),
+    latents=LatentsShape(num_clips=8, share=0.1),
+    teacher=StageShape(max_steps=4, share=0.2, batch_size=4, learning_rate=1e-3),
     sla=StageShape(max_steps=3, share=0.1, batch_size=2, learning_rate=1e-4),
-    rcm=StageShape(max_steps=6, share=0.2, batch_size=2, learning_rate=1e-4),
+    rcm=StageShape(max_steps=6, share=0.1, batch_size=2, learning_rate=1e-4),
+    i2v_latents=LatentsShape(num_clips=4, share=0.1),
+    i2v=StageShape(max_steps=3, share=0.1, batch_size=2, learning_rate=1e-4),
+    i2v_rcm=StageShape(max_steps=6, share=0.1, batch_size=2, learning_rate=1e-4),
 )

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from turbo_backend.nets.dit import WanDiT
-from turbo_training.dit_forward import DENSE
-from turbo_training.flow import Batches, draw_times, expand, velocity_of
+from turbo_training.flow import draw_times, expand, velocity_of
+from turbo_training.latents import LatentBank
 from turbo_training.shapes import RunShape
 from turbo_training.trainer import EMA, Stage, set_learning_rate
 
-_DROPPED = 0.1
+#: Share of captions left out, so that the network knows what clips look like without any.
+DROPPED = 0.1
 
 
 class TeacherStage(Stage):
@@ -20,33 +21,37 @@ class TeacherStage(Stage):
 
     name = "teacher"
 
-    def __init__(self, shape: RunShape, batches: Batches, *, seed: int, device: torch.device) -> None:
+    def __init__(self, shape: RunShape, bank: LatentBank, *, seed: int, device: torch.device) -> None:
         super().__init__(seed=seed, device=device)
-        self.shape, self.batches = shape, batches
+        self.shape, self.bank = shape, bank
         self.net = WanDiT(shape.model.dit).to(device).requires_grad_(True)
         initialize_denoiser(self.net)
         self.average = WanDiT(shape.model.dit).to(device)
         self.modules = {"net": self.net, "ema": self.average}
         # proj_l takes no part in dense attention: the sparse stage begins with it.
-        parameters = [parameter for name, parameter in self.net.named_parameters() if "proj_l" not in name]
-        self.optimizer = torch.optim.AdamW(parameters, lr=0, betas=(0.9, 0.98), weight_decay=0.01)
+        self._trained = [parameter for name, parameter in self.net.named_parameters() if "proj_l" not in name]
+        self.optimizer = self.make_optimizer(self._trained, betas=(0.9, 0.98), weight_decay=0.01)
         self.optimizers = {"net": self.optimizer}
-        self._velocity = velocity_of(self.net, DENSE)
+        self._velocity = velocity_of(self.net, compiled=self.is_on_gpu)
         self._ema = EMA(self.net, self.average, decay=0.9995)
 
-    def step(self, index: int, progress: float) -> dict[str, float]:
+    def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
         set_learning_rate(self.optimizer, self.shape.teacher.learning_rate, index, progress, warmup=300)
-        x0, text = self.batches.draw(self.shape.teacher.batch_size, self.generator, dropped=_DROPPED)
+        losses = self.recorded.run("teacher", self._update)
+        self._ema.update(index)
+        return losses
+
+    def _update(self) -> dict[str, torch.Tensor]:
+        x0, condition = self.bank.draw(self.shape.teacher.batch_size, dropped=DROPPED)
         noise, t = torch.randn_like(x0), draw_times(len(x0), self.device)
         with self.precision():
-            v = self._velocity(torch.lerp(x0, noise, expand(t)), t, text)
+            v = self._velocity(torch.lerp(x0, noise, expand(t)), t, condition)
         loss = F.mse_loss(v, noise - x0)
         self.optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
         self.optimizer.step()
-        self._ema.update(index)
-        return {"loss": float(loss.detach()), "gradient": float(norm)}
+        return {"loss": loss, "gradient": norm}
 
 
 @torch.no_grad()

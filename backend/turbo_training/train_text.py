@@ -1,8 +1,9 @@
 """The text encoder: its rows must tell, through one layer of attention, what a caption says.
 
-A probe asks the rows: one query for the scene (surroundings, light at both ends, camera) and one for each kind of
-subject (absent or its color and its motion). Cross-attention of the denoiser reads the same rows in the same way. Only
-what a caption says is asked: the camera where it is not mentioned is learned as a guess, which does no harm.
+A probe asks the rows: one query for the scene (surroundings, light at both ends, camera, the motion where there is one
+subject) and one for each kind of subject (absent or its color and its motion). Cross-attention of the denoiser reads
+the same rows in the same way. Only what a caption says is asked: the camera where it is not mentioned is learned as a
+guess, which does no harm.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from turbo_training.shapes import RunShape
 from turbo_training.text_forward import encode_text, tokenize
 from turbo_training.trainer import EMA, Stage, set_learning_rate
 
-_SCENE_SIZES = (len(SURROUNDINGS), len(LIGHTS), len(LIGHTS), len(CAMERAS))
+_SCENE_SIZES = (len(SURROUNDINGS), len(LIGHTS), len(LIGHTS), len(CAMERAS), len(MOTIONS))
 #: 0 says that no subject of that kind is there.
 _SUBJECT_SIZES = (1 + len(COLORS), 1 + len(MOTIONS))
 #: Share of image-to-video captions, which leave out what the image shows.
 _I2V = 0.25
 _IGNORED = -100
+#: Batches that captions are drawn for before the first step, since words take a CPU longer than the step takes a GPU.
+_BATCHES = 128
 
 
 class Probe(nn.Module):
@@ -60,7 +63,11 @@ class Probe(nn.Module):
 
 
 def answers_of(scenes: list[Scene], is_i2v: list[bool], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right answers: scene [B, 4] and subjects [B, kinds, 2]; -100 where a caption does not say."""
+    """Right answers: scene [B, 5] and subjects [B, kinds, 2]; -100 where a caption does not say.
+
+    Args:
+        is_i2v: captions that may say "the subject" alone.
+    """
     scene_rows, subject_rows = [], []
     for scene, hidden in zip(scenes, is_i2v, strict=True):
         end = LIGHTS.index(scene.light_end)
@@ -71,8 +78,12 @@ def answers_of(scenes: list[Scene], is_i2v: list[bool], device: torch.device) ->
                 _IGNORED if hidden else LIGHTS.index(scene.light),
                 _IGNORED if unknown else end,
                 CAMERAS.index(scene.camera),
+                MOTIONS.index(scene.actors[0].motion) if len(scene.actors) == 1 else _IGNORED,
             ]
         )
+        if hidden:
+            subject_rows.append([[_IGNORED, _IGNORED]] * len(SUBJECTS))
+            continue
         by_kind = {actor.subject: actor for actor in scene.actors}
         subject_rows.append(
             [
@@ -92,50 +103,48 @@ class TextStage(Stage):
 
     def __init__(self, shape: RunShape, tokenizer: Tokenizer, *, seed: int, device: torch.device) -> None:
         super().__init__(seed=seed, device=device)
-        self.shape, self.tokenizer = shape, tokenizer
+        self.shape = shape
         self.encoder = UMT5Encoder(shape.model.text_encoder).to(device)
         initialize_encoder(self.encoder)
         self.average = UMT5Encoder(shape.model.text_encoder).to(device)
         self.probe = Probe(shape.model.text_encoder.dim).to(device)
         self.modules = {"encoder": self.encoder, "ema": self.average, "probe": self.probe}
-        parameters = [*self.encoder.parameters(), *self.probe.parameters()]
-        self.optimizer = torch.optim.AdamW(parameters, lr=0, betas=(0.9, 0.98), weight_decay=0.01)
+        self._trained = [*self.encoder.parameters(), *self.probe.parameters()]
+        self.optimizer = self.make_optimizer(self._trained, betas=(0.9, 0.98), weight_decay=0.01)
         self.optimizers = {"text": self.optimizer}
         self._ema = EMA(self.encoder, self.average, decay=0.995)
+        scenes, hidden, captions = draw_captions(_BATCHES * shape.text.batch_size, self.generator)
+        self._token_ids, self._lengths = tokenize(tokenizer, captions, device)
+        self._scene_answers, self._subject_answers = answers_of(scenes, hidden, device)
 
-    def step(self, index: int, progress: float) -> dict[str, float]:
+    def step(self, index: int, progress: float) -> dict[str, Tensor]:
         set_learning_rate(self.optimizer, self.shape.text.learning_rate, index, progress, warmup=100)
-        scenes, hidden, captions = draw_captions(self.shape.text.batch_size, self.generator)
-        token_ids, lengths = tokenize(self.tokenizer, captions, self.device)
+        rows = torch.randint(len(self._lengths), (self.shape.text.batch_size,), device=self.device)
         with self.precision():
-            scene_logits, subject_logits = self.probe(encode_text(self.encoder, token_ids, lengths))
-        scene_answers, subject_answers = answers_of(scenes, hidden, self.device)
-        losses = [
-            F.cross_entropy(logits, scene_answers[:, i], ignore_index=_IGNORED)
-            for i, logits in enumerate(scene_logits)
-            if (scene_answers[:, i] != _IGNORED).any()
+            text = encode_text(self.encoder, self._token_ids[rows], self._lengths[rows])
+            scene_logits, subject_logits = self.probe(text)
+        scene_answers, subject_answers = self._scene_answers[rows], self._subject_answers[rows]
+        losses = [_cross_entropy(logits, scene_answers[:, i]) for i, logits in enumerate(scene_logits)]
+        losses += [
+            _cross_entropy(logits.flatten(0, 1), subject_answers[..., i].flatten())
+            for i, logits in enumerate(subject_logits)
         ]
-        # Captions of image-to-video may say "the subject" alone.
-        said = torch.tensor([not is_hidden for is_hidden in hidden], device=self.device)
-        if said.any():
-            losses += [
-                F.cross_entropy(logits[said].flatten(0, 1), subject_answers[said, :, i].flatten())
-                for i, logits in enumerate(subject_logits)
-            ]
         loss = torch.stack(losses).sum()
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([*self.encoder.parameters(), *self.probe.parameters()], 1.0)
+        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
         self.optimizer.step()
         self._ema.update(index)
-        found = {"loss": float(loss.detach())}
-        if said.any():
-            wrong = [
-                (logits[said].argmax(-1) != subject_answers[said, :, i]).float()
-                for i, logits in enumerate(subject_logits)
-            ]
-            found["wrong"] = float(torch.stack(wrong).amax((0, 2)).mean())
-        return found
+        found = torch.stack([logits.argmax(-1) for logits in subject_logits], dim=-1)
+        is_asked = subject_answers != _IGNORED
+        wrong = ((found != subject_answers) & is_asked).flatten(1).any(1).sum() / is_asked[:, 0, 0].sum().clamp_min(1)
+        return {"loss": loss, "wrong": wrong}
+
+
+def _cross_entropy(logits: Tensor, answers: Tensor) -> Tensor:
+    """Mean over the answers that there are; 0 without any."""
+    total = F.cross_entropy(logits, answers, ignore_index=_IGNORED, reduction="sum")
+    return total / (answers != _IGNORED).sum().clamp_min(1)
 
 
 def draw_captions(batch_size: int, generator: random.Random) -> tuple[list[Scene], list[bool], list[str]]:

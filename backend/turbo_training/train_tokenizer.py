@@ -8,6 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
+from turbo_backend.tokenizer import clean_prompt
 from turbo_training.captions import LANGUAGES, TASKS, caption
 from turbo_training.scene import sample_scene
 
@@ -24,7 +25,9 @@ def train_tokenizer(folder: Path, *, vocab_size: int, num_captions: int = 20_000
     """
     generator = random.Random(seed)
     texts = (
-        caption(sample_scene(generator, changing_light=0.3), generator.choice(LANGUAGES), generator, task=task)
+        clean_prompt(
+            caption(sample_scene(generator, changing_light=0.3), generator.choice(LANGUAGES), generator, task=task)
+        )
         for _ in range(num_captions // len(TASKS))
         for task in TASKS
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from turbo_backend.nets.vae import WanVAE
+from turbo_backend.nets.vae_layers import Convolution, ResidualBlock
 from turbo_training.scene import sample_scene
 from turbo_training.shapes import RunShape
 from turbo_training.sheets import to_clip, to_video, write_sheet
@@ -22,6 +24,10 @@ _KL = 2e-5
 _GRADIENT = 0.5
 #: Share of clips whose frames after the first are grey, as the encoder sees the image of image-to-video.
 _GREY_TAILS = 0.1
+#: Clips are rendered in groups, one every so many steps; crops are drawn from the last few groups.
+_GROUP_EVERY, _GROUPS_KEPT = 200, 4
+#: Log-variance at first: with that of N(0, 1) the noise would hide what little the encoder says in the beginning.
+_FIRST_LOG_VARIANCE = -6.0
 
 
 class VAEStage(Stage):
@@ -36,15 +42,26 @@ class VAEStage(Stage):
         super().__init__(seed=seed, device=device)
         self.shape = shape
         self.vae = WanVAE(shape.model.vae).to(device)
+        initialize_vae(self.vae)
         self.average = WanVAE(shape.model.vae).to(device)
         self.modules = {"vae": self.vae, "ema": self.average}
-        self.optimizer = torch.optim.AdamW(self.vae.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=1e-4)
+        self.optimizer = self.make_optimizer(self.vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
         self.optimizers = {"vae": self.optimizer}
         self._ema = EMA(self.vae, self.average, decay=0.998)
+        self._seed = seed
+        self._groups: dict[int, Tensor] = {}
+        self._num_frames = 1 + 4 * ((min(shape.num_frames, 17) - 1) // 4)
+        self._video = torch.empty(shape.vae.batch_size, 3, self._num_frames, shape.crop, shape.crop, device=device)
 
-    def step(self, index: int, progress: float) -> dict[str, float]:
+    def step(self, index: int, progress: float) -> dict[str, Tensor]:
         set_learning_rate(self.optimizer, self.shape.vae.learning_rate, index, progress, warmup=100)
-        video = self._draw_crops()
+        self._video.copy_(self._draw_crops(index // _GROUP_EVERY))
+        losses = self.recorded.run("vae", self._update)
+        self._ema.update(index)
+        return losses
+
+    def _update(self) -> dict[str, Tensor]:
+        video = self._video
         with self.precision():
             mean, log_variance = encode_moments(self.vae, video)
             z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
@@ -57,24 +74,34 @@ class VAEStage(Stage):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
         self.optimizer.step()
-        self._ema.update(index)
-        return {"pixels": float(pixels.detach()), "edges": float(edges.detach()), "kl": float(kl.detach())}
+        return {"pixels": pixels, "edges": edges, "kl": kl}
 
-    def _draw_crops(self) -> Tensor:
-        """[B, 3, F, crop, crop] in [-1, 1], two crops a clip."""
+    def _draw_crops(self, newest: int) -> Tensor:
+        """[B, 3, F, crop, crop] in [-1, 1]."""
         shape, draw = self.shape, self.generator
-        num_clips = max(1, shape.vae.batch_size // 2)
-        num_frames = 1 + 4 * ((min(shape.num_frames, 17) - 1) // 4)
-        scenes = [sample_scene(draw, changing_light=0.15) for _ in range(num_clips)]
-        clips = render(scenes, num_frames=num_frames, height=shape.height, width=shape.width, device=self.device)
+        wanted = range(max(0, newest - _GROUPS_KEPT + 1), newest + 1)
+        self._groups = {number: clips for number, clips in self._groups.items() if number in wanted}
         crops = []
-        for clip in to_video(clips):
-            for _ in range(2):
-                top, left = draw.randint(0, shape.height - shape.crop), draw.randint(0, shape.width - shape.crop)
-                crops.append(clip[:, :, top : top + shape.crop, left : left + shape.crop])
-                if draw.random() < _GREY_TAILS:
-                    crops[-1] = torch.cat((crops[-1][:, :1], torch.zeros_like(crops[-1][:, 1:])), dim=1)
-        return torch.stack(crops)
+        for _ in range(shape.vae.batch_size):
+            clips = self._clips(draw.choice(wanted))
+            top, left = draw.randint(0, shape.height - shape.crop), draw.randint(0, shape.width - shape.crop)
+            crop = clips[draw.randrange(len(clips)), :, top : top + shape.crop, left : left + shape.crop]
+            crops.append((crop, draw.random() < _GREY_TAILS))
+        video = to_video(torch.stack([crop for crop, _ in crops]))
+        for row, (_, is_grey) in enumerate(crops):
+            if is_grey:
+                video[row, :, 1:] = 0
+        return video
+
+    def _clips(self, number: int) -> Tensor:
+        """A group of clips, uint8 [N, F, H, W, 3], which its number alone decides: a resumed run has the same."""
+        if number not in self._groups:
+            shape, draw = self.shape, random.Random(f"{self._seed} {number}")
+            scenes = [sample_scene(draw, changing_light=0.15) for _ in range(32 * shape.vae.batch_size)]
+            self._groups[number] = render(
+                scenes, num_frames=self._num_frames, height=shape.height, width=shape.width, device=self.device
+            )
+        return self._groups[number]
 
     @torch.no_grad()
     def after(self, folder: Path) -> None:
@@ -82,7 +109,9 @@ class VAEStage(Stage):
         self._fold(folder)
         scenes = [sample_scene(random.Random(i), held_out=True) for i in range(4)]
         shape = self.shape
-        clips = render(scenes, num_frames=shape.num_frames, height=shape.height, width=shape.width)
+        clips = render(
+            scenes, num_frames=shape.num_frames, height=shape.height, width=shape.width, device=self.device
+        ).cpu()
         decoded = [to_clip(reconstruct(self.average, clip[None].to(self.device))[0]).cpu() for clip in clips]
         pairs = [clip for pair in zip(clips, decoded, strict=True) for clip in pair]
         names = [f"{psnr(one, two):.1f} dB" for one, two in zip(clips, decoded, strict=True)]
@@ -106,6 +135,24 @@ class VAEStage(Stage):
         std_C = (squares / count - mean_C.square()).clamp_min(1e-8).sqrt()
         fold_statistics(self.average, mean_C.float(), std_C.float())
         torch.save(self.average.state_dict(), folder / "vae.pt")
+
+
+@torch.no_grad()
+def initialize_vae(vae: WanVAE) -> None:
+    """Convolutions by fan-in at unit gain, residual branches from zero; latents begin with little noise.
+
+    With PyTorch's own initial weights, a third as large, signals fade on the way and the loss stays where it is.
+    """
+    for module in vae.modules():
+        if isinstance(module, Convolution):
+            nn.init.normal_(module.weight, std=math.prod(module.weight.shape[1:]) ** -0.5)
+            nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.residual["6"].weight)  # type: ignore[arg-type]
+    z_dim = vae.config.z_dim
+    vae.conv1.weight[z_dim:] *= 0.1
+    vae.conv1.bias[z_dim:] = _FIRST_LOG_VARIANCE
 
 
 def load_vae(shape: RunShape, folder: Path, device: torch.device) -> WanVAE:

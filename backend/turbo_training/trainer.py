@@ -8,7 +8,7 @@ import os
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,10 @@ import torch
 from PIL import Image, ImageDraw
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
+
+from turbo_training.compiling import RecordedSteps
+
+_FETCHED_TOGETHER = 25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,7 @@ class Stage(ABC):
         modules: networks that it trains, to be saved.
         optimizers: theirs, to be saved.
         generator: source of scenes and captions, to be saved; tensors are drawn from torch's global generators.
+        recorded: runs steps as CUDA graphs.
     """
 
     name: str
@@ -48,17 +53,36 @@ class Stage(ABC):
         self.generator = random.Random(seed)
         self.modules: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.recorded = RecordedSteps(device)
 
     @abstractmethod
-    def step(self, index: int, progress: float) -> dict[str, float]:
-        """Does one step, weights included, and returns losses by name; `progress` is 0 to 1."""
+    def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
+        """Does one step, weights included, and returns losses by name, left on the device; `progress` is 0 to 1."""
 
     def after(self, folder: Path) -> None:  # noqa: B027 - most stages have nothing to add
         """Called once when the stage is over: sample sheets, final statistics."""
 
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether to compute in bfloat16, with compiled functions and fused optimizers."""
+        return self.device.type == "cuda"
+
     def precision(self) -> torch.autocast:
         """bfloat16 on a GPU, float32 elsewhere."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_on_gpu)
+
+    def make_optimizer(
+        self, parameters: Iterable[nn.Parameter], *, betas: tuple[float, float], weight_decay: float
+    ) -> torch.optim.AdamW:
+        """AdamW whose learning rate `set_learning_rate` sets at each step; on a GPU it can be recorded."""
+        return torch.optim.AdamW(
+            parameters,
+            lr=torch.zeros((), device=self.device),
+            betas=betas,
+            weight_decay=weight_decay,
+            fused=self.is_on_gpu,
+            capturable=self.is_on_gpu,
+        )
 
 
 class EMA:
@@ -85,49 +109,103 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, index: int,
     """Linear warm-up by steps, then a cosine to a twentieth of the peak by progress."""
     rate = peak * min(1.0, (index + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"].fill_(rate)
+
+
+class Paused(Exception):
+    """The time of this call is over; the same call again goes on from the checkpoint."""
 
 
 def run_stage(
-    stage: Stage, folder: Path, budget: Budget, *, seed: int, save_seconds: float = 60.0, quiet: bool = False
+    stage: Stage,
+    folder: Path,
+    budget: Budget,
+    *,
+    seed: int,
+    pause_at: float = math.inf,
+    finish: Callable[[], None] = lambda: None,
+    save_seconds: float = 60.0,
+    quiet: bool = False,
 ) -> None:
     """Runs a stage to the end of its budget, resuming where an earlier run of the same folder stopped.
 
     A resumed run goes on with the same weights, optimizer states and random numbers: steps that are limited by number
     (not by time) give the same weights as without the interruption.
 
+    Args:
+        pause_at: value of `time.monotonic()` at which to save and stop.
+        finish: called after the stage's own `after`, before the stage counts as done.
+
     Raises:
         FloatingPointError: a loss that is not finite; the last checkpoint stays as it is.
+        Paused: `pause_at` is reached before the budget is used.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = folder / "checkpoint.pt", folder / "losses.jsonl"
+    checkpoint = folder / "checkpoint.pt"
     torch.manual_seed(seed)
     index, seconds_before = _restore(stage, checkpoint) if checkpoint.is_file() else (0, 0.0)
-    _keep_lines(log, index)
     started = saved = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[shown]}"), TimeElapsedColumn())
-    with Progress(*columns, disable=quiet) as bar, log.open("a", encoding="utf-8") as lines:
+    with Progress(*columns, disable=quiet) as bar, _Log(folder / "losses.jsonl", stage.name, index) as log:
         task = bar.add_task(stage.name, total=1.0, shown="")
         while True:
-            seconds = seconds_before + time.monotonic() - started
+            now = time.monotonic()
+            seconds = seconds_before + now - started
             progress = budget.progress(index, seconds)
+            if progress >= 1.0 or now >= pause_at or now - saved > save_seconds:
+                log.write()
+                _save(stage, checkpoint, index, seconds)
+                saved = now
             if progress >= 1.0:
                 break
-            losses = stage.step(index, progress)
-            if not all(math.isfinite(value) for value in losses.values()):
-                raise FloatingPointError(f"{stage.name}: step {index} gave {losses}")
-            lines.write(json.dumps({"step": index, **{name: round(value, 6) for name, value in losses.items()}}) + "\n")
+            if now >= pause_at:
+                raise Paused(f"{stage.name}: {100 * progress:.0f} % done, {index} steps")
+            log.add(index, seconds, stage.step(index, progress))
             index += 1
-            shown = " ".join(f"{name} {value:.4g}" for name, value in losses.items())
-            bar.update(task, completed=progress, shown=f"{index} {shown}")
-            if time.monotonic() - saved > save_seconds:
-                lines.flush()
-                _save(stage, checkpoint, index, seconds_before + time.monotonic() - started)
-                saved = time.monotonic()
-    _save(stage, checkpoint, index, seconds_before + time.monotonic() - started)
-    plot_losses(log, folder / "losses.png")
+            bar.update(task, completed=progress, shown=f"{index} {log.shown}")
+    plot_losses(folder / "losses.jsonl", folder / "losses.png")
     stage.after(folder)
+    finish()
     (folder / "done").write_text(f"{index} steps\n", encoding="utf-8")
+
+
+class _Log:
+    """Losses of each step as lines of JSON, fetched from the device many steps at a time: a fetch waits for it."""
+
+    def __init__(self, path: Path, name: str, num_steps: int) -> None:
+        if path.is_file():  # without what came after the checkpoint
+            kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:num_steps]
+            path.write_text("".join(kept), encoding="utf-8")
+        self._name, self._file = name, path.open("a", encoding="utf-8")
+        self._waiting: list[tuple[int, float, dict[str, torch.Tensor]]] = []
+        self.shown = ""
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, step: int, seconds: float, losses: dict[str, torch.Tensor]) -> None:
+        self._waiting.append((step, seconds, losses))
+        if len(self._waiting) >= _FETCHED_TOGETHER:
+            self.write()
+
+    def write(self) -> None:
+        """Raises FloatingPointError for a loss that is not finite."""
+        if not self._waiting:
+            return
+        values = iter(
+            torch.stack([loss.detach().float() for *_, losses in self._waiting for loss in losses.values()]).tolist()
+        )
+        for step, seconds, losses in self._waiting:
+            found = {name: round(next(values), 6) for name in losses}
+            if not all(math.isfinite(value) for value in found.values()):
+                raise FloatingPointError(f"{self._name}: step {step} gave {found}")
+            self._file.write(json.dumps({"step": step, "seconds": round(seconds, 3), **found}) + "\n")
+            self.shown = " ".join(f"{name} {value:.4g}" for name, value in found.items())
+        self._waiting.clear()
+        self._file.flush()
 
 
 def is_done(folder: Path) -> bool:
@@ -165,6 +243,8 @@ def _restore(stage: Stage, path: Path) -> tuple[int, float]:
         module.load_state_dict(state["modules"][name])
     for name, optimizer in stage.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"].to(stage.device)
     version, words, gauss = state["scenes"]
     stage.generator.setstate((version, tuple(words), gauss))
     torch.set_rng_state(state["torch"])
@@ -173,20 +253,13 @@ def _restore(stage: Stage, path: Path) -> tuple[int, float]:
     return int(state["step"]), float(state["seconds"])
 
 
-def _keep_lines(log: Path, count: int) -> None:
-    """Drops what was logged after the checkpoint."""
-    if log.is_file():
-        kept = log.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
-        log.write_text("".join(kept), encoding="utf-8")
-
-
 def plot_losses(log: Path, path: Path, *, size: tuple[int, int] = (900, 420)) -> None:
     """One curve a loss over steps, smoothed, on a logarithmic scale of its own; labels carry first and last value."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
     colors = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
-    names = sorted({name for row in rows for name in row} - {"step"})
+    names = sorted({name for row in rows for name in row} - {"step", "seconds"})
     for i_name, name in enumerate(names):
         points = [(row["step"], max(abs(row[name]), 1e-12)) for row in rows if name in row]
         smooth: list[tuple[float, float]] = []

@@ -48,7 +48,7 @@ def render(
     if num_frames < 2:
         raise ValueError(f"num_frames is {num_frames}: a motion needs at least 2")
     device = torch.device(device)
-    at_once = at_once or (64 if device.type == "cuda" else 4)
+    at_once = at_once or (256 if device.type == "cuda" else 4)
     clips = torch.empty(len(scenes), num_frames, height, width, 3, dtype=torch.uint8, device=device)
     for begin in range(0, len(scenes), at_once):
         batch = scenes[begin : begin + at_once]

@@ -287,12 +287,12 @@ class TestDenoiser:
             (
                 dataclasses.replace(good, text_embeddings=encoded.embeddings[0]),
                 InvalidArgument,
-                "TEXT_EMBEDDINGS = [256]",
+                f"TEXT_EMBEDDINGS = [{TINY.dit.text_dim}]",
             ),
             (
-                dataclasses.replace(good, text_embeddings=torch.zeros(513, 256)),
+                dataclasses.replace(good, text_embeddings=torch.zeros(513, TINY.dit.text_dim)),
                 InvalidArgument,
-                "TEXT_EMBEDDINGS = [513, 256]",
+                f"TEXT_EMBEDDINGS = [513, {TINY.dit.text_dim}]",
             ),
             (dataclasses.replace(good, text_length=0), InvalidArgument, "TEXT_LENGTH = 0"),
             (dataclasses.replace(good, text_length=encoded.length + 1), InvalidArgument, "TEXT_LENGTH"),
@@ -308,7 +308,7 @@ class TestDenoiser:
             assert torch.equal(latents_of(kept), latents_of(alone))
 
     def test_rows_past_the_text_length_are_ignored(self, make_denoiser: MakeDenoiser, encoded: EncodedPrompt) -> None:
-        padded = torch.full((512, 256), float("nan"))
+        padded = torch.full((512, TINY.dit.text_dim), float("nan"))
         padded[: encoded.length] = encoded.embeddings
         request = ask(encoded)
         with_padding, without = finish(

@@ -35,16 +35,16 @@ def test_inspect_a_good_file() -> None:
     path = tiny_checkpoint_folder() / "tiny-T2V.safetensors"
     result = run("inspect", path, "--keys")
     assert result.exit_code == 0, result.output
-    assert "a denoiser of tiny (dim 256, 6 layers, 16 input channels)" in result.stdout
-    assert "blocks.5.ffn.2.weight" in result.stdout
+    assert "a denoiser of tiny (dim 256, 5 layers, 16 input channels)" in result.stdout
+    assert "blocks.4.ffn.2.weight" in result.stdout
     document = json.loads(run("inspect", path, "--json", "--sha256", "--values").stdout)
     assert document["kind"] == "denoiser"
     assert document["models"] == ["tiny"]
-    assert document["dtypes"] == {"bfloat16": 189}
+    assert document["dtypes"] == {"bfloat16": 160}
     assert document["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert document["problems"] == []
     assert "tensors" not in document
-    assert len(json.loads(run("inspect", path, "--json", "--keys").stdout)["tensors"]) == 189
+    assert len(json.loads(run("inspect", path, "--json", "--keys").stdout)["tensors"]) == 160
 
 
 def test_inspect_finds_problems(dit_state: State, write: Write) -> None:

@@ -210,8 +210,8 @@ def test_foreign_layouts_are_named(keys: dict[str, tuple[int, ...]], what: str, 
 @pytest.mark.parametrize("quant_linear", [False, True])
 def test_published_key_counts(name: str, quant_linear: bool) -> None:
     expected = {
-        "tiny": (189, 249),
-        "tiny-I2V": (189, 249),
+        "tiny": (160, 210),
+        "tiny-I2V": (160, 210),
         "Wan2.1-1.3B": (885, 1185),
         "Wan2.1-14B": (1175, 1575),
         "Wan2.2-A14B": (1175, 1575),

@@ -134,7 +134,7 @@ def test_wire_mistakes_are_named(
 def test_broken_report_sent_straight_to_a_stage_is_named(triton: TritonServer, report: bytes) -> None:
     request = service_pb2.ModelInferRequest(model_name="denoiser")
     tensors = [
-        ("TEXT_EMBEDDINGS", "FP32", [1, 512, 256], bytes(4 * 512 * 256)),
+        ("TEXT_EMBEDDINGS", "FP32", [1, 512, 128], bytes(4 * 512 * 128)),
         ("TEXT_LENGTH", "INT32", [1, 1], np.int32(3).tobytes()),
         ("TEXT_REPORT", "BYTES", [1, 1], bytes_tensor([report])),
     ]

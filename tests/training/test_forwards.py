@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from turbo_backend.config import MODELS, DiTConfig, TextEncoderConfig, VAEConfig
 from turbo_backend.nets.attention import AttentionSettings
@@ -11,7 +16,11 @@ from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.nets.umt5 import UMT5Encoder
 from turbo_backend.nets.vae import WanVAE
-from turbo_training.dit_forward import TextBatch, TrainingAttention, velocity
+from turbo_backend.stages.image_encoder import EncodedImage, ImageEncoderStage, ImageRequest
+from turbo_training.attention_forward import TrainingAttention
+from turbo_training.dit_forward import Condition, TextBatch, velocity
+from turbo_training.finetune_sla import take_image
+from turbo_training.latents import encode_first_frames, with_mask
 from turbo_training.text_forward import encode_text, pad_tokens
 from turbo_training.vae_forward import (
     decode_latents,
@@ -54,7 +63,9 @@ def test_dit(
     )
     context = dit.prepare_context(text.embeddings, text.lengths.tolist())
     served = dit(latents, timesteps, context, attention=settings)
-    trained = velocity(dit, latents, timesteps, text, attention=TrainingAttention(topk=topk, explicit=explicit))
+    trained = velocity(
+        dit, latents, timesteps, Condition(text), attention=TrainingAttention(topk=topk, explicit=explicit)
+    )
     assert largest_difference(trained, served) < 1e-4
 
 
@@ -68,13 +79,42 @@ def test_dit_has_forward_derivatives_through_sparse_attention(
     direction = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
 
     def along(step: torch.Tensor) -> torch.Tensor:
-        return velocity(dit, latents + step * direction, timesteps + step, text, attention=attention)
+        return velocity(dit, latents + step * direction, timesteps + step, Condition(text), attention=attention)
 
     _, tangent = torch.func.jvp(along, (torch.zeros(()),), (torch.ones(()),))
     step = torch.tensor(5e-3)
     # A difference quotient in float32 is good to about 1e-3.
     quotient = (along(step) - along(-step)) / (2 * step)
     assert largest_difference(tangent, quotient) < 2e-2
+
+
+def test_a_network_that_takes_an_image_begins_as_the_one_that_takes_none(
+    dit: WanDiT, inputs: tuple[torch.Tensor, torch.Tensor, TextBatch]
+) -> None:
+    latents, timesteps, text = inputs
+    wider = take_image(dit, replace(dit.config, in_channels=36))
+    image = torch.randn(2, 20, *latents.shape[2:], generator=torch.Generator().manual_seed(9))
+    with_image = velocity(wider, latents, timesteps, Condition(text, image))
+    torch.testing.assert_close(with_image, velocity(dit, latents, timesteps, Condition(text)), atol=1e-5, rtol=1e-5)
+
+
+def test_images_condition_training_as_they_condition_serving(vae: WanVAE, image_png: bytes) -> None:
+    model = replace(MODELS["tiny-I2V"], vae=vae.config, default_num_frames=5)
+    stage = ImageEncoderStage(vae, model, cache_entries=0, fingerprint="")
+    (served,) = stage.encode([ImageRequest(content=image_png, values={"NUM_FRAMES": 5})])
+    assert isinstance(served, EncodedImage)
+    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(image_png))))
+    clip = pixels.expand(1, 5, *pixels.shape).clone()
+    trained = with_mask(encode_first_frames(vae, clip).float())[0]
+    assert largest_difference(trained, served.latents) < 2**-8  # kept in bfloat16
+
+
+@pytest.fixture
+def image_png() -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(1).integers(0, 256, (144, 256, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_text_encoder() -> None:

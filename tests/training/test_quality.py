@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from turbo_backend.checkpoints import tiny_checkpoint_folder
+from turbo_backend.pipeline import Pipeline
+from turbo_backend.settings import Settings
+from turbo_training.image_quality import ImageVerdict, measure_image_to_video
 from turbo_training.judge import ATTRIBUTES
 from turbo_training.quality import MAIN, VARIANTS, Plan, Results, Variant, draw_prompts, run_quality, summarize
 from turbo_training.scene import is_held_out
@@ -49,6 +52,25 @@ def test_languages_are_compared() -> None:
     figures = summarize(results)["figures"]
     assert isinstance(figures, dict)
     assert figures["English over Chinese, points"] == {"value": 100.0, "target": "<= 3", "met": False, "clips": 10}
+
+
+def test_image_to_video_has_figures_of_its_own() -> None:
+    results = filled({MAIN.name: 10})
+    results.images = [
+        ImageVerdict(first_frame=29.0, motions=(True, True)),
+        ImageVerdict(first_frame=30.0, motions=(False,)),
+    ]
+    figures = summarize(results)["figures"]
+    assert isinstance(figures, dict)
+    assert figures["I2V first frame, dB"] == {"value": 29.5, "target": ">= 28", "met": True, "clips": 2}
+    assert figures["I2V motion %"] == {"value": 66.67, "target": ">= 85", "met": False, "clips": 2}
+
+
+def test_one_image_through_the_stages() -> None:
+    pipeline = Pipeline.from_settings(Settings.from_environment({"TURBO_DEVICE": "cpu", "TURBO_MODEL": "tiny-I2V"}))
+    (verdict,) = measure_image_to_video(pipeline, num_prompts=1, num_frames=5)
+    assert 0 < verdict.first_frame < 60
+    assert len(verdict.motions) in (1, 2)
 
 
 def test_one_prompt_through_the_stages(tmp_path: Path) -> None:

@@ -33,14 +33,14 @@ This folder may be deleted at any time; it is made again when needed.
 def tiny_checkpoint_folder(model: ModelConfig = MODELS["tiny"]) -> Path:
     """Folder with an embedded model's denoisers, `tiny-umt5`, `tiny-VAE` (safetensors) and `tokenizer/`.
 
-    Weights shipped inside the package (`turbo_backend/tiny/`, by the model's name) are used where there are any.
-    Otherwise the folder is made in the user's cache (`$XDG_CACHE_HOME`, else `~/.cache`), under a name that depends on
-    the configuration. It appears whole or not at all, however many processes make it at once.
+    Weights shipped inside the package (`turbo_backend/tiny/`, of all embedded models together) are used where there
+    are any. Otherwise the folder is made in the user's cache (`$XDG_CACHE_HOME`, else `~/.cache`), under a name that
+    depends on the configuration. It appears whole or not at all, however many processes make it at once.
 
     Raises:
         CheckpointError: the cache folder cannot be written.
     """
-    shipped = Path(turbo_backend.__file__).parent / model.name
+    shipped = Path(turbo_backend.__file__).parent / "tiny"
     if shipped.is_dir():
         return shipped
     folder = _cache_folder() / f"{model.name}-{_digest(model)}"
@@ -57,9 +57,9 @@ def write_tiny_checkpoint(model: ModelConfig, folder: Path) -> None:
     """Writes the files of `model` with random weights, in the published dtypes: the VAE float32, the rest bfloat16."""
     from turbo_backend.tokenizer import write_tiny_tokenizer
 
-    for expert, names in enumerate(model.dit_files):
+    for expert, (name, *_) in enumerate(dict.fromkeys(model.dit_files)):
         denoiser = DenoiserLayout(model.dit, quant_linear=False).build()
-        _write_random(denoiser, folder / names[0], torch.bfloat16, seed=_SEED + expert)
+        _write_random(denoiser, folder / name, torch.bfloat16, seed=_SEED + expert)
     _write_random(TextEncoderLayout(model.text_encoder).build(), folder / model.text_encoder_file, torch.bfloat16)
     _write_random(VAELayout(model.vae).build(), folder / model.vae_file, torch.float32)
     write_tiny_tokenizer(folder / model.tokenizer)
