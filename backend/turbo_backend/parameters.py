@@ -26,8 +26,19 @@ ATTENTION_TYPES = ("original", "sla", "sagesla")
 MAX_SEED = 2**63 - 1
 #: How an image is brought to the video's size: as upstream does, or cut to its aspect ratio.
 FITS = ("stretch", "crop")
-#: Fields that only an image model takes.
-_IMAGE_FIELDS = ("BOUNDARY", "ADAPTIVE_RESOLUTION", "FIT")
+#: Fields that every model takes, and those that only an image model does, by their names on the wire.
+TEXT_FIELDS = (
+    "SEED",
+    "NUM_STEPS",
+    "NUM_FRAMES",
+    "RESOLUTION",
+    "ASPECT_RATIO",
+    "SIGMA_MAX",
+    "ATTENTION_TYPE",
+    "SLA_TOPK",
+    "ODE",
+)
+IMAGE_FIELDS = ("BOUNDARY", "ADAPTIVE_RESOLUTION", "FIT")
 #: RoPE positions reach 128 patches on each axis, so 128 latent frames and 2048 pixels a side.
 MAX_LATENT_FRAMES = 128
 MAX_SIDE = 2048
@@ -87,6 +98,18 @@ class GenerationParameters:
         return asdict(self)
 
 
+def check_image_given(model: ModelConfig, *, given: bool) -> None:
+    """Refuses an image that `model` does not take, and a request without the one that it starts from.
+
+    Raises:
+        InvalidArgument: naming the model.
+    """
+    if model.takes_image and not given:
+        raise InvalidArgument("IMAGE", None, f"given: {model.name} starts from an image ({model.ensemble})")
+    if given and not model.takes_image:
+        raise InvalidArgument("IMAGE", "an image", f"left out: {model.name} makes videos from text alone")
+
+
 def make_parameters(
     model: ModelConfig, values: Mapping[str, object], *, seed: int, image_size: tuple[int, int] | None = None
 ) -> GenerationParameters:
@@ -100,7 +123,7 @@ def make_parameters(
     Raises:
         InvalidArgument: naming field, value and what fits.
     """
-    for field in _IMAGE_FIELDS:
+    for field in IMAGE_FIELDS:
         if field in values and not model.takes_image:
             raise InvalidArgument(field, values[field], f"left out: {model.name} makes videos from text alone")
     num_steps = _integer(values, "NUM_STEPS", 4)

@@ -17,6 +17,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from turbo_backend.errors import InvalidArgument, TurboError, error_to_report
+from turbo_backend.parameters import IMAGE_FIELDS, TEXT_FIELDS
 from turbo_backend.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
@@ -56,6 +57,12 @@ def read_scalar(request: Any, name: str) -> object | None:
             raise InvalidArgument(name, value, "valid UTF-8") from None
     scalar: object = value.item() if isinstance(value, np.generic) else value
     return scalar
+
+
+def read_values(request: Any) -> dict[str, object]:
+    """The generation's optional inputs (`parameters.TEXT_FIELDS`, `IMAGE_FIELDS`) that are there, not yet checked."""
+    values = {name: read_scalar(request, name) for name in (*TEXT_FIELDS, *IMAGE_FIELDS)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def read_bytes(request: Any, name: str) -> bytes:

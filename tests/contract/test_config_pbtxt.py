@@ -11,6 +11,8 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from turbo_backend.parameters import IMAGE_FIELDS, TEXT_FIELDS
+
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 MODELS = sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt"))
 ENSEMBLES = ["text_to_video", "image_to_video"]
@@ -21,9 +23,12 @@ def read_config(name: str) -> model_config_pb2.ModelConfig:
     return text_format.Parse((REPOSITORY / name / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
 
 
-def string_constants(name: str) -> set[str]:
-    tree = ast.parse((REPOSITORY / name / "1" / "model.py").read_text())
-    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+def named_by_adapter(name: str) -> set[str]:
+    """Its string constants, and what `triton_adapter.read_values` reads for it."""
+    nodes = list(ast.walk(ast.parse((REPOSITORY / name / "1" / "model.py").read_text())))
+    constants = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    reads_values = any(isinstance(node, ast.Attribute) and node.attr == "read_values" for node in nodes)
+    return constants | ({*TEXT_FIELDS, *IMAGE_FIELDS} if reads_values else set())
 
 
 def test_repository_holds_the_documented_models() -> None:
@@ -50,7 +55,7 @@ def test_encoders_are_batched_by_triton_and_the_others_batch_themselves() -> Non
 def test_adapter_names_every_tensor_of_its_config_and_no_other(name: str) -> None:
     config = read_config(name)
     wired = {tensor.name for tensor in (*config.input, *config.output)}
-    named = {text for text in string_constants(name) if re.fullmatch(r"[A-Z][A-Z_]+", text)}
+    named = {text for text in named_by_adapter(name) if re.fullmatch(r"[A-Z][A-Z_]+", text)}
     assert named == wired
 
 

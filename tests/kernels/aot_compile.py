@@ -29,8 +29,8 @@ TYPES = {
 }  # fmt: skip
 
 
-def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
-    """(kernel, arguments by name, options) of every launch of every op."""
+def start_recording() -> list[tuple[Any, dict, dict]]:
+    """Has kernels recorded in place of launched from now on: (kernel, arguments by name, options) of each launch."""
     launches: list[tuple[Any, dict, dict]] = []
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -40,6 +40,12 @@ def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
 
     JITFunction.run = record
     providers.INTERPRETED = True  # lets provider "triton" accept CPU tensors
+    return launches
+
+
+def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
+    """(kernel, arguments by name, options) of every launch of every op."""
+    launches = start_recording()
     fp8, descriptors = capability >= 89, capability >= 90
     sage_module = sys.modules["turbo_kernels.sage_attention"]  # the package's attribute of that name is the function
     sage_module.has_fp8 = lambda device: fp8

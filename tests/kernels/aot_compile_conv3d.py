@@ -12,10 +12,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from turbo_kernels import conv3d, norm_silu, providers, upsample_conv
+from turbo_kernels import conv3d, norm_silu, upsample_conv
 
 #: H, W, C_in, C_out, frames; residual, norm, output: the heaviest of each tiling at 480p, and one of the tiny model.
 CONVOLUTIONS = (
@@ -29,18 +28,11 @@ UPSAMPLINGS = ((60, 104, 384, 192), (72, 128, 32, 16))
 
 def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
     """(kernel, arguments by name, options) of every launch."""
-    launches: list[tuple[Any, dict, dict]] = []
-
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        options = {name: named.pop(name) for name in list(named) if name not in self.arg_names}
-        launches.append((self, named, options))
+    launches = aot_compile.start_recording()
 
     def frames(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.bfloat16)
 
-    JITFunction.run = record
-    providers.INTERPRETED = True  # lets provider "triton" accept CPU tensors
     large = capability in (80, 90, 100)
     conv3d.has_large_shared_memory = upsample_conv.has_large_shared_memory = lambda x: large
     for H, W, C, N, T, residual, norm, keep in CONVOLUTIONS:

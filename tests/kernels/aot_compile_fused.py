@@ -8,9 +8,7 @@ from typing import Any
 
 import aot_compile
 import torch
-from triton.runtime.jit import JITFunction
 
-from turbo_kernels import providers
 from turbo_kernels.fp8_linear import quantize_fp8_rows
 from turbo_kernels.qk_norm_rope import qk_norm_rope
 from turbo_kernels.residual_norm import residual_norm
@@ -22,15 +20,7 @@ FFN_DIMS = (8960, 13824)
 
 def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
     """(kernel, arguments by name, options) of every launch of a bf16 block, and where e4m3 exists of an 8-bit one."""
-    launches: list[tuple[Any, dict, dict]] = []
-
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        options = {name: named.pop(name) for name in list(named) if name not in self.arg_names}
-        launches.append((self, named, options))
-
-    JITFunction.run = record
-    providers.INTERPRETED = True  # lets provider "triton" accept CPU tensors
+    launches = aot_compile.start_recording()
     dtypes = (None, torch.float8_e4m3fn) if capability >= 89 else (None,)
     for dim, num_heads in DIMS.items():
         x = torch.zeros(1, 8, dim, dtype=torch.bfloat16)

@@ -8,9 +8,7 @@ from typing import Any
 
 import aot_compile
 import torch
-from triton.runtime.jit import JITFunction
 
-from turbo_kernels import providers
 from turbo_kernels.gelu_gate import gelu_gate
 from turbo_kernels.relative_attention import relative_attention
 from turbo_kernels.residual_rms_norm import residual_rms_norm
@@ -20,15 +18,7 @@ DIM, DIM_FFN, NUM_HEADS = 4096, 10240, 64
 
 def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
     """(kernel, arguments by name, options) of every launch of a bf16 block, and where e4m3 exists of an 8-bit one."""
-    launches: list[tuple[Any, dict, dict]] = []
-
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        options = {name: named.pop(name) for name in list(named) if name not in self.arg_names}
-        launches.append((self, named, options))
-
-    JITFunction.run = record
-    providers.INTERPRETED = True  # lets provider "triton" accept CPU tensors
+    launches = aot_compile.start_recording()
     x, weight = torch.zeros(32, DIM, dtype=torch.bfloat16), torch.zeros(DIM, dtype=torch.bfloat16)
     qkv, bias = torch.zeros(32, 3 * DIM, dtype=torch.bfloat16), torch.zeros(NUM_HEADS, 63, dtype=torch.bfloat16)
     relative_attention(qkv, bias, torch.ones(1, dtype=torch.int32), provider="triton")

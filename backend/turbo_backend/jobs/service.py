@@ -14,9 +14,12 @@ from turbo_backend.jobs.records import Job, JobRequest, identify
 from turbo_backend.jobs.runner import JobRunner, draw_job_id
 from turbo_backend.jobs.watching import Event
 from turbo_backend.parameters import (
+    IMAGE_FIELDS,
     MAX_IMAGE_BYTES,
     MAX_PROMPT_BYTES,
     MAX_SEED,
+    TEXT_FIELDS,
+    check_image_given,
     make_delivery,
     make_parameters,
     make_scheduling,
@@ -24,18 +27,6 @@ from turbo_backend.parameters import (
 
 #: Jobs in one answer to `list`.
 PAGE = 100
-_IMAGE_VALUES = ("BOUNDARY", "ADAPTIVE_RESOLUTION", "FIT")
-_VALUES = (
-    "SEED",
-    "NUM_STEPS",
-    "NUM_FRAMES",
-    "RESOLUTION",
-    "ASPECT_RATIO",
-    "SIGMA_MAX",
-    "ATTENTION_TYPE",
-    "SLA_TOPK",
-    "ODE",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +153,9 @@ def make_request(models: Mapping[str, ModelConfig], call: Call) -> JobRequest:
         raise InvalidArgument("PROMPT", call.prompt, "a description of the video, not empty")
     if len(call.prompt.encode("utf-8")) > MAX_PROMPT_BYTES:
         raise InvalidArgument("PROMPT", f"{len(call.prompt)} characters", f"at most {MAX_PROMPT_BYTES} bytes")
-    _check_image(model, call.image)
+    check_image_given(model, given=call.image is not None)
+    if call.image is not None and not 1 <= len(call.image) <= MAX_IMAGE_BYTES:
+        raise InvalidArgument("IMAGE", f"{len(call.image)} bytes", f"1 to {MAX_IMAGE_BYTES} bytes")
     delivery = make_delivery(call.parameters)
     if delivery.container != "mp4":
         raise InvalidArgument("container", delivery.container, "mp4: a job keeps no raw frames")
@@ -170,7 +163,7 @@ def make_request(models: Mapping[str, ModelConfig], call: Call) -> JobRequest:
     if scheduling.deadline_ms is not None:
         raise InvalidArgument("deadline_ms", scheduling.deadline_ms, "left out: nobody waits on a job's connection")
     checked = make_parameters(model, call.values, seed=1 + secrets.randbelow(MAX_SEED)).to_dict()
-    names = (*_VALUES, *_IMAGE_VALUES) if model.takes_image else _VALUES
+    names = (*TEXT_FIELDS, *IMAGE_FIELDS) if model.takes_image else TEXT_FIELDS
     values = {"PROMPT": call.prompt, **{name: checked[name.lower()] for name in names}}
     image_sha256 = None if call.image is None else hashlib.sha256(call.image).hexdigest()
     # A draw of the seed is the server's: a submission repeated with 0 asks for the same as before.
@@ -188,14 +181,3 @@ def make_request(models: Mapping[str, ModelConfig], call: Call) -> JobRequest:
         identity=identify(ensemble, asked, image_sha256, delivery.fps),
         submitted_at=0.0,
     )
-
-
-def _check_image(model: ModelConfig, image: bytes | None) -> None:
-    if model.takes_image and not image:
-        raise InvalidArgument("IMAGE", image, f"given: {model.name} starts from an image ({model.ensemble})")
-    if image is None:
-        return
-    if not model.takes_image:
-        raise InvalidArgument("IMAGE", "an image", f"left out: {model.name} makes videos from text alone")
-    if len(image) > MAX_IMAGE_BYTES:
-        raise InvalidArgument("IMAGE", f"{len(image)} bytes", f"at most {MAX_IMAGE_BYTES} bytes")

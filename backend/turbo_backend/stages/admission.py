@@ -10,7 +10,7 @@ import torch
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import InvalidArgument
 from turbo_backend.memory import decoder_bytes, denoiser_bytes
-from turbo_backend.parameters import MAX_SEED, GenerationParameters, make_parameters
+from turbo_backend.parameters import MAX_SEED, GenerationParameters, check_image_given, make_parameters
 from turbo_backend.planner import check_request
 from turbo_backend.sampler import RCMSchedule
 from turbo_backend.stages.denoiser_request import DenoiseRequest
@@ -90,12 +90,9 @@ class Admission:
 
     def _check_image(self, image_latents: torch.Tensor | None, parameters: GenerationParameters) -> None:
         model = self._model
+        check_image_given(model, given=image_latents is not None)
         if image_latents is None:
-            if model.takes_image:
-                raise InvalidArgument("IMAGE", None, f"given: {model.name} starts from an image ({model.ensemble})")
             return
-        if not model.takes_image:
-            raise InvalidArgument("IMAGE", "an image", f"left out: {model.name} makes videos from text alone")
         expected = (model.dit.in_channels - model.dit.out_channels, *parameters.latent_shape)
         if tuple(image_latents.shape) != expected:
             raise InvalidArgument("IMAGE_LATENTS", list(image_latents.shape), f"of shape {list(expected)}")

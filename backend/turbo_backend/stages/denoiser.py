@@ -362,11 +362,5 @@ class DenoiserStage:
             self.turn()
 
 
-def _append(
-    updates: deque[tuple[int, DenoisedStep | TurboError]], index: int, update: DenoisedStep | TurboError
-) -> None:
-    updates.append((index, update))
-
-
 def _ends(update: DenoisedStep | TurboError) -> bool:
     return isinstance(update, TurboError) or update.latents is not None

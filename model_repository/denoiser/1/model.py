@@ -15,21 +15,6 @@ from turbo_backend.stages.denoiser import COUNTERS
 from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest
 from turbo_backend.stages.loading import load_denoiser
 
-#: Optional inputs, checked by the stage.
-FIELDS = (
-    "SEED",
-    "NUM_STEPS",
-    "NUM_FRAMES",
-    "RESOLUTION",
-    "ASPECT_RATIO",
-    "SIGMA_MAX",
-    "ATTENTION_TYPE",
-    "SLA_TOPK",
-    "ODE",
-    "BOUNDARY",
-    "ADAPTIVE_RESOLUTION",
-    "FIT",
-)
 EMPTY_LATENTS = torch.empty(16, 0, 0, 0)
 
 
@@ -59,14 +44,13 @@ class TritonPythonModel:
     def _read(self, request):
         if request.is_cancelled():
             raise Cancelled("the request was cancelled before its first step")
-        values = {name: triton.read_scalar(request, name) for name in FIELDS}
         reports = [triton.read_json(request, name) for name in ("TEXT_REPORT", "IMAGE_REPORT")]
         image_latents = triton.read_optional_tensor(request, "IMAGE_LATENTS")
         parameters = triton.read_parameters(request)
         return DenoiseRequest(  # the request's memory ends with execute
             text_embeddings=triton.read_tensor(request, "TEXT_EMBEDDINGS").clone(),
             text_length=triton.read_scalar(request, "TEXT_LENGTH"),
-            values={name: value for name, value in values.items() if value is not None},
+            values=triton.read_values(request),
             report=merge_reports(*[report for report in reports if report is not None]),
             image_latents=None if image_latents is None else image_latents.clone(),
             preview=make_delivery(parameters).preview,

@@ -5,22 +5,6 @@ from turbo_backend.errors import TurboError
 from turbo_backend.stages.image_encoder import ImageRequest
 from turbo_backend.stages.loading import load_image_encoder
 
-#: Optional inputs, checked by the stage.
-FIELDS = (
-    "SEED",
-    "NUM_STEPS",
-    "NUM_FRAMES",
-    "RESOLUTION",
-    "ASPECT_RATIO",
-    "SIGMA_MAX",
-    "ATTENTION_TYPE",
-    "SLA_TOPK",
-    "ODE",
-    "BOUNDARY",
-    "ADAPTIVE_RESOLUTION",
-    "FIT",
-)
-
 
 class TritonPythonModel:
     def initialize(self, args):
@@ -39,10 +23,9 @@ class TritonPythonModel:
 
     def _read(self, request):
         try:
-            values = {name: triton.read_scalar(request, name) for name in FIELDS}
             return ImageRequest(
                 content=triton.read_bytes(request, "IMAGE"),
-                values={name: value for name, value in values.items() if value is not None},
+                values=triton.read_values(request),
             )
         except TurboError as error:
             return error

@@ -8,22 +8,6 @@ from turbo_backend.jobs.lifecycle import JobsLifecycle
 from turbo_backend.jobs.service import Call, JobService
 from turbo_backend.settings import Settings
 
-#: Optional inputs of a submission, checked by the service.
-FIELDS = (
-    "SEED",
-    "NUM_STEPS",
-    "NUM_FRAMES",
-    "RESOLUTION",
-    "ASPECT_RATIO",
-    "SIGMA_MAX",
-    "ATTENTION_TYPE",
-    "SLA_TOPK",
-    "ODE",
-    "BOUNDARY",
-    "ADAPTIVE_RESOLUTION",
-    "FIT",
-)
-
 
 class TritonPythonModel:
     def initialize(self, args):
@@ -67,7 +51,6 @@ def _read(request):
     def read(name):
         return triton.read_scalar(request, name)
 
-    values = {name: read(name) for name in FIELDS}
     return Call(
         operation=read("OPERATION"),
         job_id=read("JOB_ID"),
@@ -75,7 +58,7 @@ def _read(request):
         model=read("MODEL"),
         prompt=read("PROMPT"),
         image=triton.read_optional_bytes(request, "IMAGE"),
-        values={name: value for name, value in values.items() if value is not None},
+        values=triton.read_values(request),
         parameters=triton.read_parameters(request),
     )
 
