@@ -23,8 +23,8 @@ from turbo_backend.errors import TurboError
 #: size and the PSNR of crf 18 (0.447 MB at 41.97 dB for 0.464 MB at 42.18 on a moving texture).
 _X264_OPTIONS = {"preset": "veryfast", "crf": "19", "threads": "8", "x264-params": "rc-lookahead=0:bframes=0"}
 #: Frames from one refresh to the next. What lies between is encoded by itself, and so beside its neighbour: where one
-#: encoder falls behind the decoder, it has the time of two sections for one. At 16 frames a second it is 2 seconds.
-_SECTION = 32
+#: encoder falls behind the decoder, it has the time of two sections for one. At 16 frames a second it is 1.5 seconds.
+_SECTION = 24
 _BT709 = 1
 #: Shares of red and blue in the luma of BT.709.
 _KR, _KB = 0.2126, 0.0722
