@@ -27,7 +27,7 @@ class TritonPythonModel:
         if isinstance(outcome, TurboError):
             return triton.error_response(outcome, request.request_id())
         return triton.response(
-            triton.write_tensor("TEXT_EMBEDDINGS", outcome.padded(self._stage.text_len)),
+            triton.write_tensor("TEXT_EMBEDDINGS", outcome.embeddings),
             triton.write_integer("TEXT_LENGTH", outcome.length),
             triton.write_json("TEXT_REPORT", outcome.report()),
         )
