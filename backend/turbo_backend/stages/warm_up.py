@@ -27,6 +27,8 @@ from turbo_backend.video import to_yuv420
 
 _log = logging.getLogger(__name__)
 
+#: The second block begins with what the first one leaves to it; those behind run the same kernels again.
+_FEW_BLOCKS = 2
 #: Frames of a video of two latent frames: the first runs through other code than all that follow.
 _FEW_FRAMES = 5
 
@@ -100,7 +102,7 @@ def whole_server(settings: Settings, parameters: GenerationParameters) -> int:
 
 
 def warm_denoiser(stage: DenoiserStage, networks: Sequence[WanDiT], settings: Settings) -> None:
-    """Each preset through one block of each network, then requests at the default size."""
+    """Each preset through a few blocks of each network, then requests at the default size."""
     model, device, dtype = settings.served_model, settings.device, settings.dtype
 
     def needed(parameters: GenerationParameters) -> int:
@@ -109,12 +111,12 @@ def warm_denoiser(stage: DenoiserStage, networks: Sequence[WanDiT], settings: Se
     # An upright video has as many tokens as a wide one, and runs the same kernels.
     presets = list(_fitting_gpu(list_presets(model, ("16:9",)), settings, needed))
     for net in networks:
-        run_one_block(net, presets, device=device, dtype=dtype, provider=settings.provider)
+        denoise_presets(net, presets, device=device, dtype=dtype, provider=settings.provider)
     _run_default_requests(stage, model, offered_types(settings.provider))
 
 
 @torch.inference_mode()
-def run_one_block(
+def denoise_presets(
     net: WanDiT,
     presets: Iterable[GenerationParameters],
     *,
@@ -122,7 +124,7 @@ def run_one_block(
     dtype: torch.dtype,
     provider: str,
 ) -> None:
-    """Each preset with each type of attention through the first block, whose kernels are those of all the others."""
+    """Each preset with each type of attention through the first blocks, whose kernels are those of all the others."""
     config = net.config
     context = net.prepare_context(torch.zeros(1, 1, config.text_dim), [1])
     timesteps = torch.tensor([1000.0], dtype=torch.float64)
@@ -132,7 +134,7 @@ def run_one_block(
             attention = AttentionSettings(
                 attention_type=attention_type, sla_topk=parameters.sla_topk, provider=provider
             )
-            net(latents, timesteps, context, attention=attention, num_blocks=1)
+            net(latents, timesteps, context, attention=attention, num_blocks=_FEW_BLOCKS)
 
 
 def _run_default_requests(stage: DenoiserStage, model: ModelConfig, types: Sequence[str]) -> None:
