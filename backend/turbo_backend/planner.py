@@ -101,18 +101,10 @@ def whole_bytes(stages: Mapping[str, StageMemory]) -> int:
 
 
 def workspace_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
-    """What all stages of a model take of a GPU besides weights, each for its largest preset at the default length."""
-    device = torch.device("cuda")
-
-    def needed(parameters: GenerationParameters) -> int:
-        return (
-            text_encoder_bytes(model.text_encoder, model.dit.text_len, dtype)
-            + denoiser_bytes(model.dit, parameters, dtype, provider="triton", device=device)
-            + decoder_bytes(model.vae, parameters, dtype, device=device)
-            + (encoder_bytes(model.vae, parameters, device=device) if model.takes_image else 0)
-        )
-
-    return max(needed(make_parameters(model, {"RESOLUTION": preset}, seed=1)) for preset in model.resolutions)
+    """What all stages of a model take of a GPU besides weights, at its largest preset and default length."""
+    presets = (make_parameters(model, {"RESOLUTION": resolution}, seed=1) for resolution in model.resolutions)
+    plans = (plan_memory(model, parameters, dtype=dtype, quant_linear=False) for parameters in presets)
+    return max(sum(stage.workspace for stage in plan.values()) for plan in plans)
 
 
 def weight_bytes(specs: Specs, dtype: torch.dtype, *, keep_fp32: tuple[str, ...] = ()) -> int:
