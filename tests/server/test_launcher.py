@@ -172,6 +172,14 @@ def test_early_failure_shows_the_end_of_the_log(tmp_path: Path, write_model: Wri
     assert leftovers(server.shm_prefix) == []
 
 
+def test_what_cannot_even_be_launched_leaves_nothing(leftovers: Leftovers) -> None:
+    ours = f"turbo-{os.getpid()}-"
+    before = leftovers(ours)
+    with pytest.raises(Misconfigured, match="TURBO_MODEL = 'none'"):
+        TritonServer(environment={"TURBO_MODEL": "none"}).start()
+    assert leftovers(ours) == before
+
+
 def test_gives_up_on_a_model_that_loads_too_long(tmp_path: Path, write_model: WriteModel, leftovers: Leftovers) -> None:
     code = "import time\nclass TritonPythonModel:\n    def initialize(self, args):\n        time.sleep(600)\n"
     server = TritonServer(write_model(tmp_path, "endless", code + "    execute = None\n"), ready_timeout=1)
