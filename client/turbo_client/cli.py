@@ -13,6 +13,7 @@ Results go to stdout, everything for people to stderr. Exit codes:
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import time
 from pathlib import Path
@@ -43,6 +44,8 @@ app.add_typer(_jobs_cli.app, name="jobs")
 
 def main() -> None:
     """Entry point."""
+    # gRPC's own remarks on connections would stand among ours.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # A plain SIGTERM would end the process without removing a file half written.
     signal.signal(signal.SIGTERM, _terminate)
     app()
@@ -158,6 +161,8 @@ def cancel(
     """Cancel a running generation of any client by its request id (a job: `jobs cancel`)."""
     with connection.client() as client:
         client.cancel(request_id)
+    # Nobody knows of a request before its first step, nor of one that has ended.
+    Screen().note(f"a generation named {request_id} ends within its next step, if there is one")
 
 
 def _run(client: Client, request: GenerationRequest, output: Path, delivery: OutputOptions) -> Video:

@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from turbo_backend.cancellation import FOLDER_VARIABLE, Cancellations
+from turbo_backend import cancellation, start_failures
+from turbo_backend.cancellation import Cancellations
 from turbo_backend.errors import Misconfigured
 from turbo_backend.server import endpoint, supervisor
 from turbo_backend.server.backend_directory import assemble_backend_directory, server_environment
@@ -26,11 +27,13 @@ from turbo_backend.server.log_file import LogFile
 from turbo_backend.server.options import names_option, server_options
 from turbo_backend.server.repository import FOLDER_NAME, render_repository
 from turbo_backend.settings import Settings
+from turbo_backend.start_failures import StartFailures
 
 logger = logging.getLogger(__name__)
 
-#: Folder that the model processes share, beside the run's other temporary ones.
+#: Folder that the model processes share, beside the run's other temporary files.
 _CANCELLATIONS = "cancellations"
+_START_FAILURES = "start_failures.jsonl"
 #: How long it takes at most to see that nothing is in flight.
 IDLE_LOOK_SECONDS = 0.65
 
@@ -86,6 +89,7 @@ class TritonProcess:
         self._folder = Path(tempfile.mkdtemp(prefix=f"{self.name}-"))
         self._log: LogFile | None = None
         self.log_path = None if launch.log_to_stderr else launch.log_path or self._folder / "server.log"
+        self._start_failures = StartFailures(self._folder / _START_FAILURES)
         self._control, theirs = socket.socketpair()
         with contextlib.ExitStack() as undo:
             undo.callback(self._remove)
@@ -131,6 +135,10 @@ class TritonProcess:
         """The log's end for a message; empty where it is no file."""
         return "" if self._log is None else self._log.tail()
 
+    def start_failures(self) -> str:
+        """Why models could not be loaded, as they say; empty where none says anything."""
+        return self._start_failures.read()
+
     def request_stop(self, seconds: float) -> None:
         """Tells it to stop and returns at once; it is killed after so many seconds."""
         with contextlib.suppress(OSError):  # it has ended already
@@ -166,7 +174,8 @@ class TritonProcess:
         launch = self._launch
         backends = assemble_backend_directory(installation, self._folder)
         environment = server_environment(installation, self._folder, {**os.environ, **launch.environment})
-        environment[FOLDER_VARIABLE] = str(self._folder / _CANCELLATIONS)
+        environment[cancellation.FOLDER_VARIABLE] = str(self._folder / _CANCELLATIONS)
+        environment[start_failures.FILE_VARIABLE] = str(self._folder / _START_FAILURES)
         options = server_options(
             self._served_repository(),
             backends,
@@ -210,6 +219,7 @@ class TritonProcess:
     def _remove(self) -> None:
         if self._log is not None:
             self._log.close()
+        self._start_failures.close()
         self._control.close()
         # The supervisor has done this already, unless it was killed itself.
         supervisor.remove_shared_memory(self.shm_prefix)

@@ -265,12 +265,13 @@ class TritonServer:
                 raise
             code = process.poll()
             lost = [port for port in self._ports if not is_free(self.host, port)]
+            reasons = process.start_failures()
             tail = process.log_tail()
             self._end(0)
             if lost and 0 in ports and attempt + 1 < _START_ATTEMPTS:
                 logger.warning("port %s was taken by another process; starting anew", ", ".join(map(str, lost)))
                 continue
-            raise Misconfigured(f"tritonserver ended with status {code} before it was ready{tail}")
+            raise Misconfigured(reasons or f"tritonserver ended with status {code} before it was ready{tail}")
 
     def _wait_ready(self, process: TritonProcess, deadline: float) -> bool:
         """True when every model is ready, False when the server ended first.

@@ -6,6 +6,7 @@ from turbo_backend.stages.loading import load_text_encoder
 
 
 class TritonPythonModel:
+    @triton.tells_failure
     def initialize(self, args):
         self._stage = load_text_encoder(triton.read_settings(args))
 
