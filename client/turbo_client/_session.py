@@ -23,6 +23,7 @@ _GRPC_PREFACE = re.compile(r"failed to connect to all addresses; last error: [A-
 _WRONG_PORTS = (
     ("WRONG_VERSION_NUMBER", "that port does not speak TLS"),
     ("Socket closed", "that port does not speak gRPC (8001 does by default), or expects TLS"),
+    ("Failed parsing HTTP/2", "that port does not speak gRPC (8001 does by default)"),
 )
 
 _P = ParamSpec("_P")

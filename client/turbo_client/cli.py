@@ -13,7 +13,6 @@ Results go to stdout, everything for people to stderr. Exit codes:
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import time
 from pathlib import Path
@@ -44,8 +43,6 @@ app.add_typer(_jobs_cli.app, name="jobs")
 
 def main() -> None:
     """Entry point."""
-    # gRPC's own remarks on connections would stand among ours.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # A plain SIGTERM would end the process without removing a file half written.
     signal.signal(signal.SIGTERM, _terminate)
     app()
