@@ -10,6 +10,7 @@ from turbo_backend.settings import Settings
 
 
 class TritonPythonModel:
+    @triton.tells_failure
     def initialize(self, args):
         settings = Settings.from_environment()
         self._counters = {
