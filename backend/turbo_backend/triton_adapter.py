@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger(__name__)
+
+#: Of recent calls of models. Triton's thread that delivers a response may be the last to let go of it, and in 2.51 it
+#: then frees the arrays without holding the interpreter's lock, which corrupts memory. It delivers one after another:
+#: a response that others followed is the caller's alone.
+_last_answers: deque[Any] = deque(maxlen=64)
 
 
 def read_settings(args: Mapping[str, str]) -> Settings:
@@ -225,6 +231,7 @@ def call_model(
     Yields:
         Each output's one value by name, bytes or a Python scalar; the message where the model answered with an error.
     """
+    answer = None
     request = pb_utils.InferenceRequest(
         model_name=model,
         inputs=list(inputs),
@@ -232,12 +239,15 @@ def call_model(
         request_id=request_id,
         parameters=dict(parameters),
     )
-    for answer in request.exec(decoupled=True):
-        if answer.has_error():
-            yield str(answer.error().message())
-        elif answer.output_tensors():  # the final response of a stream may be empty
-            values = {tensor.name(): tensor.as_numpy().reshape(-1)[0] for tensor in answer.output_tensors()}
-            yield {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    try:
+        for answer in request.exec(decoupled=True):
+            if answer.has_error():
+                yield str(answer.error().message())
+            elif answer.output_tensors():  # the final response of a stream may be empty
+                values = {tensor.name(): tensor.as_numpy().reshape(-1)[0] for tensor in answer.output_tensors()}
+                yield {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    finally:
+        _last_answers.append(answer)
 
 
 class Gauge:
