@@ -232,7 +232,13 @@ def load_vae_decoder(settings: Settings, *, cancellations: Cancellations | None 
         if error > _LARGEST_DECODE_ERROR:
             raise Misconfigured(f"the VAE's kernels fail their self-check: {error:.3f} from the plain layers")
     settle_gpu(settings.device)
-    stage = VAEDecoderStage(vae, max_batch_pixels=_BATCH_PIXELS, fingerprint=fingerprint, cancellations=cancellations)
+    stage = VAEDecoderStage(
+        vae,
+        max_batch_size=settings.max_batch_size,
+        max_batch_pixels=_BATCH_PIXELS,
+        fingerprint=fingerprint,
+        cancellations=cancellations,
+    )
     request = DecodeRequest(
         latents=torch.zeros(model.vae.z_dim, 2, h, w),
         report={"stages": {}, "parameters": {}},

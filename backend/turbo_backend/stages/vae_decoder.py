@@ -69,16 +69,24 @@ class VAEDecoderStage:
 
     Args:
         vae: network on its device, in its dtype.
+        max_batch_size: most requests that one batch may decode together.
         max_batch_pixels: most pixels (frames x height x width, all members) that one batch may decode together.
         fingerprint: of the weights, for the report.
         cancellations: where requests are given up; None where nobody can.
     """
 
     def __init__(
-        self, vae: WanVAE, *, max_batch_pixels: int, fingerprint: str, cancellations: Cancellations | None = None
+        self,
+        vae: WanVAE,
+        *,
+        max_batch_size: int,
+        max_batch_pixels: int,
+        fingerprint: str,
+        cancellations: Cancellations | None = None,
     ) -> None:
         self._vae = vae
         self._fingerprint = fingerprint
+        self._max_batch_size = max_batch_size
         self._max_batch_pixels = max_batch_pixels
         self._cancellations = cancellations
 
@@ -98,7 +106,7 @@ class VAEDecoderStage:
                 yield index, InvalidArgument("LATENTS", list(request.latents.shape), "of shape [16, T, h, w]")
         for shape, members in groups.items():
             _, t, h, w = shape
-            at_once = max(1, self._max_batch_pixels // ((4 * t - 3) * h * w * 64))
+            at_once = max(1, min(self._max_batch_size, self._max_batch_pixels // ((4 * t - 3) * h * w * 64)))
             for first in range(0, len(members), at_once):
                 group = {index: requests[index] for index in members[first : first + at_once]}
                 yield from self._heed_cancellations(group, self._decode_group(list(group), list(group.values())))
