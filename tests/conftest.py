@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 import turbo_backend  # noqa: F401  # before torch: it sets how OpenMP threads wait
+
+sys.path.insert(0, str(Path(__file__).parent / "benches"))  # what tests and benches share
 
 # The suite never judges by the clock: a busy machine must not fail it.
 settings.register_profile("no-clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from processes import find_processes
 
 from turbo_backend.server.process import TritonServer
-from turbo_backend.server.supervisor import child_states
 from turbo_backend.settings import list_variables
 from turbo_client import (
     AlreadyExistsError,
@@ -174,7 +174,7 @@ def test_a_job_survives_a_killed_process_to_the_same_bytes(
     for progress in client.jobs.watch(job_id):
         seen.add(progress.stage)
         if not killed and progress.stage == stage and progress.step > 1:
-            os.kill(pid_of(server, victim), signal.SIGKILL)
+            os.kill(find_processes(server.pid)[victim], signal.SIGKILL)
             killed = True
     assert killed
     assert seen >= {"denoiser", "done"}
@@ -297,15 +297,3 @@ def test_metrics_count_jobs(server: TritonServer, client: Client) -> None:
         lines = response.read().decode().splitlines()
     names = {line.partition(" ")[0] for line in lines}
     assert names >= {'turbo_jobs{state="done"}', 'turbo_jobs{state="running"}', "turbo_job_store_bytes"}
-
-
-def pid_of(server: TritonServer, name: str) -> int:
-    assert server.pid is not None
-    if name == "tritonserver":
-        return server.pid
-    (pid,) = [
-        pid
-        for pid in child_states(server.pid)
-        if f"/{name}/1/model.py" in Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-    ]
-    return pid
