@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import deque
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: Of recent calls of models. Triton's thread that delivers a response may be the last to let go of it, and in 2.51 it
-#: then frees the arrays without holding the interpreter's lock, which corrupts memory. It delivers one after another:
-#: a response that others followed is the caller's alone.
-_last_answers: deque[Any] = deque(maxlen=64)
+#: `last_answer`: of the last call of a model in this thread. Triton's own thread that delivers responses may be the
+#: last to let go of one, and in 2.51 it then frees its arrays without holding the interpreter's lock, which corrupts
+#: memory. It delivers one after another: once the next call has ended, that response is long the caller's alone.
+_calls = threading.local()
 
 
 def read_settings(args: Mapping[str, str]) -> Settings:
@@ -246,8 +246,10 @@ def call_model(
             elif answer.output_tensors():  # the final response of a stream may be empty
                 values = {tensor.name(): tensor.as_numpy().reshape(-1)[0] for tensor in answer.output_tensors()}
                 yield {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    except pb_utils.TritonModelException as error:  # this model is not served yet
+        yield str(error)
     finally:
-        _last_answers.append(answer)
+        _calls.last_answer = answer
 
 
 class Gauge:

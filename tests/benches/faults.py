@@ -7,12 +7,16 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from job_server import JobServer
 from loads import SHAPES, make_videos
 
-from turbo_client import TurboDiffusionError
+from turbo_client import TurboDiffusionError, UnavailableError
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(slots=True)
@@ -53,10 +57,11 @@ def kill_under_load(under_load: JobServer, kills: int, seed: int) -> Faults:
             time.sleep(draw.uniform(0.5, 3.0))
         else:
             under_load.wait_whole()
-            states = Counter(job.state for job in client.jobs.list())
+            states = Counter(job.state for job in _insist(client.jobs.list))
             for _ in range(5 - states["queued"] - states["running"]):
                 index, job_id = draw.randrange(len(SHAPES)), f"fault-{len(jobs)}"
-                client.jobs.submit(**SHAPES[index], request_id=job_id, priority_level=draw.randrange(10))
+                request = {**SHAPES[index], "request_id": job_id, "priority_level": draw.randrange(10)}
+                _insist(lambda request=request: client.jobs.submit(**request))
                 jobs[job_id] = videos[index]
             time.sleep(draw.uniform(0.0, 1.5))
         faults.killed[_kill_one(under_load, draw)] += 1
@@ -72,6 +77,15 @@ def kill_under_load(under_load: JobServer, kills: int, seed: int) -> Faults:
     under_load.stop()
     faults.left_behind = under_load.leftovers()
     return faults
+
+
+def _insist(call: Callable[[], _Answer]) -> _Answer:
+    """Asks until the store is the new server's: the old one's process may hold it for a moment more."""
+    while True:
+        try:
+            return call()
+        except UnavailableError:
+            time.sleep(0.1)
 
 
 def _kill_one(under_load: JobServer, draw: random.Random) -> str:

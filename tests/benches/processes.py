@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,23 @@ def resident_mb(processes: Mapping[str, int]) -> dict[str, float]:
         (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS:")]
         found[name] = round(int(line.split()[1]) / 1024, 1)
     return found
+
+
+def gpu_mb() -> dict[str, float]:
+    """Memory used of each GPU as `gpu INDEX`, and by each process on them that the driver lets us see, in MB."""
+    found = {f"gpu {index}": float(used) for index, used in _ask_nvidia_smi("gpu", "index,memory.used")}
+    for pid, used in _ask_nvidia_smi("compute-apps", "pid,used_memory"):
+        words = _command(int(pid))
+        name = Path(words[1]).parent.parent.name if len(words) > 1 and words[1].endswith("model.py") else f"pid {pid}"
+        if used.isdecimal():  # it may say [N/A]
+            found[f"{name} on gpu"] = found.get(f"{name} on gpu", 0.0) + float(used)
+    return found
+
+
+def _ask_nvidia_smi(what: str, fields: str) -> list[list[str]]:
+    command = ["nvidia-smi", f"--query-{what}={fields}", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [line.split(", ") for line in answer.splitlines() if line]
 
 
 def find_leftovers(prefix: str) -> set[str]:
