@@ -39,6 +39,25 @@ def no_store_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         yield
 
 
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """URL of a bucket of an S3 server in this process."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ACCESS_KEY_ID", "tester")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "of no use elsewhere")
+        s3fs.S3FileSystem().mkdir("jobs")
+        yield "s3://jobs"
+    server.stop()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """What a test draws is the same in every run, whichever tests ran before."""

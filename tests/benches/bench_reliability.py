@@ -93,7 +93,7 @@ def measure_soak(arguments: argparse.Namespace) -> Result:
     print(f"soak: {arguments.requests} requests of {arguments.callers} callers: {dict(load.outcomes)}")
     for name, percent in growth.items():
         print(
-            f"  {name:24} MB {first[name]:10.1f} after {arguments.first}, {end[name]:10.1f} at the end, {percent:+.1f} %"
+            f"  {name:24} MB {first[name]:9.1f} after {arguments.first}, {end[name]:9.1f} at the end, {percent:+.1f} %"
         )
     wholes = {
         "resident": [name for name in first if name.endswith(" resident")],

@@ -207,6 +207,31 @@ def test_a_stop_does_not_wait_for_jobs_and_the_next_start_goes_on(
             assert client.jobs.result(f"job-{number}").data == expected
 
 
+def test_a_store_in_s3_keeps_jobs_over_the_death_of_the_denoiser(
+    bucket: str, tmp_path: Path, undisturbed: Callable[..., bytes]
+) -> None:
+    expected = undisturbed(**LONG)
+    with (
+        TritonServer(
+            environment={**environment(tmp_path), "TURBO_JOB_STORE": f"{bucket}/server"},
+            log_path=tmp_path / "log",
+            restarts=2,
+            restart_grace=0.5,
+        ) as server,
+        Client(server.grpc_url, timeout=200) as client,
+    ):
+        client.jobs.submit(**LONG, request_id="far-away")
+        killed = False
+        for progress in client.jobs.watch("far-away"):
+            if not killed and (progress.stage, progress.step) == ("denoiser", 2):
+                os.kill(find_processes(server.pid)["denoiser"], signal.SIGKILL)
+                killed = True
+        video = client.jobs.result("far-away")
+        assert killed
+        assert video.data == expected
+        assert video.report["stages"]["denoiser"]["resumed_after"] >= 1
+
+
 def test_one_server_holds_a_store_and_another_says_so(store: Path, server: TritonServer, tmp_path: Path) -> None:
     with (
         TritonServer(environment=environment(store), log_path=tmp_path / "server.log") as other,
