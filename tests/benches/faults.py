@@ -14,7 +14,7 @@ from typing import TypeVar
 from job_server import JobServer
 from loads import SHAPES, make_videos
 
-from turbo_client import TurboDiffusionError, UnavailableError
+from turbo_client import InternalError, TurboDiffusionError, UnavailableError, UnreachableError
 
 _Answer = TypeVar("_Answer")
 
@@ -71,7 +71,7 @@ def kill_under_load(under_load: JobServer, kills: int, seed: int) -> Faults:
                 faults.different.append(job_id)
         except TurboDiffusionError as error:
             faults.lost.append(f"{job_id}: {error}")
-    kept = {job.job_id: job for job in client.jobs.list()}
+    kept = {job.job_id: job for job in _insist(client.jobs.list)}
     faults.lost += sorted(jobs.keys() - kept.keys())
     faults.jobs, faults.resumes = len(jobs), sum(job.resumes for job in kept.values())
     under_load.stop()
@@ -80,11 +80,11 @@ def kill_under_load(under_load: JobServer, kills: int, seed: int) -> Faults:
 
 
 def _insist(call: Callable[[], _Answer]) -> _Answer:
-    """Asks until the store is the new server's: the old one's process may hold it for a moment more."""
+    """Asks until a server answers: one that has just lost a process cannot, and a new one may wait for the store."""
     while True:
         try:
             return call()
-        except UnavailableError:
+        except (InternalError, UnavailableError, UnreachableError):
             time.sleep(0.1)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -343,6 +344,9 @@ class TritonServer:
             return None
         self.request_stop(seconds)
         code = process.wait()
+        if code < 0 and self.pid is not None:  # the supervisor was killed: nobody else ends model processes that hang
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
         if self._log is not None:
             self._log.close()
             self._log = None
