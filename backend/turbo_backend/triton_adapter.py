@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger(__name__)
+
+#: `last_answer`: of the last call of a model in this thread. Triton's own thread that delivers responses may be the
+#: last to let go of one, and in 2.51 it then frees its arrays without holding the interpreter's lock, which corrupts
+#: memory. It delivers one after another: once the next call has ended, that response is long the caller's alone.
+_calls = threading.local()
 
 
 def tells_failure(initialize: Callable[[Any, Mapping[str, str]], None]) -> Callable[[Any, Mapping[str, str]], None]:
@@ -241,6 +247,7 @@ def call_model(
     Yields:
         Each output's one value by name, bytes or a Python scalar; the message where the model answered with an error.
     """
+    answer = None
     request = pb_utils.InferenceRequest(
         model_name=model,
         inputs=list(inputs),
@@ -248,12 +255,17 @@ def call_model(
         request_id=request_id,
         parameters=dict(parameters),
     )
-    for answer in request.exec(decoupled=True):
-        if answer.has_error():
-            yield str(answer.error().message())
-        elif answer.output_tensors():  # the final response of a stream may be empty
-            values = {tensor.name(): tensor.as_numpy().reshape(-1)[0] for tensor in answer.output_tensors()}
-            yield {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    try:
+        for answer in request.exec(decoupled=True):
+            if answer.has_error():
+                yield str(answer.error().message())
+            elif answer.output_tensors():  # the final response of a stream may be empty
+                values = {tensor.name(): tensor.as_numpy().reshape(-1)[0] for tensor in answer.output_tensors()}
+                yield {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    except pb_utils.TritonModelException as error:  # this model is not served yet
+        yield str(error)
+    finally:
+        _calls.last_answer = answer
 
 
 class Gauge:

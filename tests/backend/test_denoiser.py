@@ -237,6 +237,7 @@ class TestPriorities:
         bench.run_out(draft)
         assert bench.experts.num_forwards <= 1 + 2 + 1
         assert sum(len(final.steps) for final in finals) <= 2
+        assert draft.log["turns_waited"] == bench.experts.num_forwards - 1 - 2
         bench.run_out(*finals)
         assert draft.log["queue_milliseconds"] <= 1000.0  # type: ignore[operator]
         assert [final.log["queue_milliseconds"] for final in finals][-1] == pytest.approx(10_000.0)

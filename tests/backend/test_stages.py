@@ -91,7 +91,9 @@ def make_denoiser(files: ModelFiles) -> MakeDenoiser:
 @pytest.fixture(scope="module")
 def vae_decoder(files: ModelFiles) -> VAEDecoderStage:
     vae = VAELayout(TINY.vae).load(open_checkpoint(files.vae), device=CPU, dtype=torch.float32)
-    return VAEDecoderStage(vae.eval().requires_grad_(False), max_batch_pixels=1 << 30, fingerprint="vae weights")
+    return VAEDecoderStage(
+        vae.eval().requires_grad_(False), max_batch_size=8, max_batch_pixels=1 << 30, fingerprint="vae weights"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +388,10 @@ class TestDenoiser:
             "dtype": "float32",
             "notes": [],
             "weights": {"text_encoder": "text weights", "denoiser": "denoiser weights"},
-            "stages": {**encoded.report()["stages"], "denoiser": {"batch_size": 1, "batch_sizes": [1, 1]}},  # type: ignore[dict-item]
+            "stages": {
+                **encoded.report()["stages"],  # type: ignore[dict-item]
+                "denoiser": {"turns_waited": 0, "batch_size": 1, "batch_sizes": [1, 1]},
+            },
         }
 
     def test_a_seed_of_zero_is_drawn_and_reported(self, make_denoiser: MakeDenoiser, encoded: EncodedPrompt) -> None:
@@ -477,6 +482,7 @@ class TestVAEDecoder:
         vae = VAELayout(TINY.vae).load(open_checkpoint(files.vae), device=CPU, dtype=torch.float32)
         stage = VAEDecoderStage(
             vae.eval().requires_grad_(False),
+            max_batch_size=8,
             max_batch_pixels=1 << 30,
             fingerprint="vae weights",
             cancellations=cancellations,
@@ -522,7 +528,9 @@ class TestVAEDecoder:
                     yield chunk
 
         vae = Counting()
-        stage = VAEDecoderStage(vae, max_batch_pixels=1 << 30, fingerprint="", cancellations=cancellations)  # type: ignore[arg-type]
+        stage = VAEDecoderStage(
+            vae, max_batch_size=8, max_batch_pixels=1 << 30, fingerprint="", cancellations=cancellations
+        )  # type: ignore[arg-type]
         before = threading.active_count()
         request = dataclasses.replace(decode_request(num_frames=9, container="mp4"), cancel_keys=("mine",))
         updates = []
@@ -567,10 +575,20 @@ class TestVAEDecoder:
         assert video_of(first).mp4 == video_of(*decode(vae_decoder, [good[0]])).mp4
         np.testing.assert_array_equal(video_of(second).frames, video_of(*decode(vae_decoder, [good[1]])).frames)
 
-    def test_a_batch_stays_within_its_pixels(
-        self, vae_decoder: VAEDecoderStage, decode_request: MakeDecodeRequest
+    @pytest.mark.parametrize(("max_batch_size", "max_batch_pixels"), [(8, 2 * 5 * 144 * 256), (2, 1 << 30)])
+    def test_a_batch_stays_within_its_size_and_pixels(
+        self,
+        vae_decoder: VAEDecoderStage,
+        decode_request: MakeDecodeRequest,
+        max_batch_size: int,
+        max_batch_pixels: int,
     ) -> None:
-        narrow = VAEDecoderStage(vae_decoder._vae, max_batch_pixels=2 * 5 * 144 * 256, fingerprint="vae weights")
+        narrow = VAEDecoderStage(
+            vae_decoder._vae,
+            max_batch_size=max_batch_size,
+            max_batch_pixels=max_batch_pixels,
+            fingerprint="vae weights",
+        )
         ends = decode(narrow, [decode_request(seed, container="raw") for seed in (1, 2, 3)])
         sizes = [video_of(end).report["stages"]["vae_decoder"]["batch_size"] for end in ends]  # type: ignore[index]
         assert sizes == [2, 2, 1]

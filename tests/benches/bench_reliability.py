@@ -1,315 +1,228 @@
-"""Do jobs survive, do requests leave nothing behind? The real server with the tiny model on the CPU, four loads.
+r"""Do jobs survive, do requests leave nothing behind, how long do the cancelled and the urgent wait?
 
-faults: processes of the server die at drawn moments under a load of mixed jobs; then every job must be done, with the
-bytes of an undisturbed run, and nothing else left. soak: many requests, some cut off, cancelled or bad; memory of each
-process at the end over that after the first part. crowd: many callers at once; nothing but the configured refusals.
-cancel: how long a running job takes to end. The last stdout line is one JSON object; exit status 1 where a target is
-missed.
+    python tests/benches/bench_reliability.py
+    python tests/benches/bench_reliability.py --url 127.0.0.1:8001 --pid 4711 --gpu \
+        --only soak --requests 100 --first 20 --longest 81
+
+The loads are those of `tests/reliability`: faults (processes of the server die at drawn moments), soak (many requests,
+some cut off, cancelled or bad; memory at the end over that after the first), crowd (many callers at once), cancel and
+drafts. Without `--url` each runs on a server of its own with the tiny model on the CPU; a server that runs already is
+not killed, and its memory is told where `--pid` (tritonserver's, as `turbodiffusion-server serve` prints it) and
+`--gpu` say where to look. The last stdout line is one JSON object; exit status 1 where a target is missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import random
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from faults import kill_under_load
+from job_server import JobServer
+from loads import LONG, SHAPES, MixedLoad, Shape, cancel_jobs, send_drafts
+from processes import find_processes, gpu_mb, resident_mb
+
 from turbo_backend.manifest import versions
-from turbo_backend.server.process import TritonServer
-from turbo_backend.server.supervisor import child_states
-from turbo_client import (
-    CancelledError,
-    Client,
-    InvalidArgumentError,
-    ResourceExhaustedError,
-    RetryPolicy,
-    TurboDiffusionError,
-)
+from turbo_client import Client
 
-#: Small, unlike one another, and few enough to know each one's undisturbed video.
-SHAPES = tuple(
-    {"prompt": prompt, "seed": seed, "num_steps": num_steps, "num_frames": num_frames, "aspect_ratio": ratio}
-    for seed, (prompt, num_steps, num_frames, ratio) in enumerate(
-        (
-            ("A red ball", 1, 5, "16:9"),
-            ("A red ball", 4, 5, "16:9"),
-            ("一只蓝色的猫", 2, 9, "1:1"),
-            ("A green box rolls", 3, 5, "9:16"),
-            ("A yellow star", 4, 9, "16:9"),
-            ("A white cloud", 2, 5, "4:3"),
-        ),
-        start=1,
-    )
-)
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+Result = dict[str, object]
 
 
-class Bench:
-    """One server on a store of its own, as a context manager."""
-
-    def __init__(self, **options: object) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="bench-reliability-")
-        self.store = Path(self._folder.name) / "jobs"
-        environment = {
-            "TURBO_DEVICE": "cpu",
-            "TURBO_JOB_STORE": str(self.store),
-            "TURBO_JOB_ATTEMPTS": "1000",
-            "TURBO_JOB_CONCURRENCY": "4",
-        }
-        self.log = Path(self._folder.name) / "server.log"
-        self.server = TritonServer(environment=environment, log_path=self.log, exit_timeout=30.0, **options)
-        self.starts = 0
-
-    def __enter__(self) -> Bench:
-        self.server.start(self._count_start)
-        retries = RetryPolicy(max_attempts=60, initial_delay=0.25, max_delay=1.0)
-        self.client = Client(self.server.grpc_url, timeout=300, retries=retries)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.client.close()
-        self.server.stop()
-        self._folder.cleanup()
-
-    def _count_start(self) -> None:
-        self.starts += 1
-
-    def processes(self) -> dict[str, int]:
-        """Process ids by model, and of the server itself; empty while it is started anew."""
-        pid = self.server.pid
-        if pid is None:
-            return {}
-        found = {"tritonserver": pid}
-        for child in child_states(pid):
-            try:
-                words = Path(f"/proc/{child}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if len(words) > 1 and words[1].endswith("model.py"):
-                found[Path(words[1]).parent.parent.name] = child
-        return found
-
-    def leftovers(self) -> list[str]:
-        """What a stopped server must not leave: processes, shared memory, temporary files, steps."""
-        name = self.server.shm_prefix.rstrip("_")
-        found = [str(path) for path in SHARED_MEMORY.glob(f"{name}*")]
-        found += [str(path) for path in Path(tempfile.gettempdir()).glob(f"{name}*")]
-        found += [str(path) for path in self.store.rglob("*.part")]
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (folder / "cmdline").read_bytes().decode("utf-8", "replace")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if name in command:
-                found.append(command.replace("\0", " "))
-        return found
+@contextlib.contextmanager
+def reach(arguments: argparse.Namespace) -> Iterator[tuple[Client, int | None]]:
+    """A client and tritonserver's process id: of the server that runs already, or of one started for this load."""
+    if arguments.url:
+        with Client(arguments.url, timeout=600) as client:
+            client.wait_ready()
+            yield client, arguments.pid
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-reliability-") as folder, JobServer(Path(folder)) as own:
+        yield own.client, own.server.pid
 
 
-def measure_faults(kills: int, seed: int) -> dict[str, object]:
+def measure_faults(arguments: argparse.Namespace) -> Result:
     """Kills drawn processes at drawn moments, with jobs always at hand."""
-    draw = random.Random(seed)
-    killed: Counter[str] = Counter()
-    jobs: dict[str, int] = {}
-    with Bench(restarts=kills + 1, restart_grace=0.5) as bench:
-        expected = [bench.client.generate(**shape).data for shape in SHAPES]
-        started = time.perf_counter()
-        for _ in range(kills):
-            states = Counter(job.state for job in bench.client.jobs.list())
-            for _ in range(max(0, 5 - states["queued"] - states["running"])):
-                index, job_id = draw.randrange(len(SHAPES)), f"fault-{len(jobs)}"
-                bench.client.jobs.submit(**SHAPES[index], request_id=job_id, priority_level=draw.randrange(10))
-                jobs[job_id] = index
-            time.sleep(draw.uniform(0.0, 1.5))
-            starts, victim = bench.starts, draw.choice(sorted(bench.processes()))
-            killed[victim] += 1
-            os.kill(bench.processes()[victim], signal.SIGKILL)
-            while bench.starts == starts:
-                if bench.server.poll() is not None:
-                    raise RuntimeError(f"the server is gone: {bench.log.read_text(errors='replace')[-2000:]}")
-                time.sleep(0.05)
-        lost, different = [], []
-        for job_id, index in jobs.items():
-            try:
-                if bench.client.jobs.result(job_id).data != expected[index]:
-                    different.append(job_id)
-            except TurboDiffusionError as error:
-                lost.append(f"{job_id}: {error}")
-        kept = {job.job_id for job in bench.client.jobs.list()}
-        resumes = sum(job.resumes for job in bench.client.jobs.list())
-        seconds = time.perf_counter() - started
-        bench.client.close()
-        bench.server.stop()
-        left = bench.leftovers()
-    lost += sorted(jobs.keys() - kept)
-    print(f"faults: {kills} kills {dict(killed)}, {len(jobs)} jobs, {resumes} resumes, {seconds:.0f} s")
-    print(f"  lost {lost}\n  different {different}\n  left behind {left}")
+    began = time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-reliability-") as folder,
+        JobServer(Path(folder), restarts=arguments.kills + 1) as own,
+    ):
+        faults = kill_under_load(own, arguments.kills, arguments.seed)
+    seconds = time.perf_counter() - began
+    print(f"faults: {arguments.kills} kills ({faults.in_starts} in starts) {dict(faults.killed)}, {seconds:.0f} s")
+    print(f"  {faults.jobs} jobs, {faults.resumes} resumes; lost {faults.lost}, different {faults.different}")
+    print(f"  left behind {faults.left_behind}")
     return {
-        "kills": kills,
-        "seed": seed,
-        "killed": dict(killed),
-        "jobs": len(jobs),
-        "resumes": resumes,
-        "lost": len(lost),
-        "different": len(different),
-        "left_behind": len(left),
+        "kills": arguments.kills,
+        "seed": arguments.seed,
+        "killed": dict(faults.killed),
+        "in_starts": faults.in_starts,
+        "jobs": faults.jobs,
+        "resumes": faults.resumes,
+        "lost": len(faults.lost),
+        "different": len(faults.different),
+        "left_behind": len(faults.left_behind),
         "seconds": round(seconds, 1),
-        "met": not (lost or different or left),
+        "met": not (faults.lost or faults.different or faults.left_behind),
     }
 
 
-def measure_soak(requests: int, first: int, seed: int) -> dict[str, object]:
-    """Requests of every kind, eight at a time; resident memory of each process after the first ones and at the end."""
-    draw = random.Random(seed)
-    outcomes: Counter[str] = Counter()
-    kinds = draw.choices(("whole", "cut off", "cancelled", "bad", "job"), (60, 10, 10, 10, 10), k=requests)
+def measure_soak(arguments: argparse.Namespace) -> Result:
+    """Requests of every kind; memory of each process after the first ones and at the end."""
+    with reach(arguments) as (client, pid):
 
-    def one(client: Client, number: int) -> str:
-        shape, kind = SHAPES[number % len(SHAPES)], kinds[number]
-        if kind == "bad":
-            try:
-                client.generate(**{**shape, "num_frames": 6})
-            except InvalidArgumentError:
-                return "refused"
-        elif kind == "job":
-            job = client.jobs.submit(**shape)
-            client.jobs.result(job.job_id)
-            client.jobs.delete(job.job_id)
-        elif kind == "whole":
-            client.generate(**shape)
-        else:
-            with client.stream(**shape, request_id=f"soak-{number}") as stream:
-                next(stream)
-                if kind == "cancelled":
-                    client.cancel(f"soak-{number}")
-                    try:
-                        stream.result()
-                    except CancelledError:
-                        return kind
-                    return "cancelled too late"
-        return kind
+        def weigh() -> dict[str, float]:
+            time.sleep(2.0)  # what the last requests used is given back
+            resident = {f"{name} resident": mb for name, mb in resident_mb(find_processes(pid)).items()}
+            return resident | (gpu_mb() if arguments.gpu else {})
 
-    def run(client: Client, numbers: range) -> None:
-        with ThreadPoolExecutor(8) as pool:
-            outcomes.update(pool.map(lambda number: one(client, number), numbers))
-
-    with Bench() as bench:
-        run(bench.client, range(first))
-        before = _resident(bench)
-        run(bench.client, range(first, requests))
-        time.sleep(1.0)
-        after = _resident(bench)
-    growth = {name: round(100 * (after[name] / before[name] - 1), 1) for name in before}
-    print(f"soak: {dict(outcomes)}\n  resident MB after {first} requests: {before}")
-    print(f"  after {requests}: {after}\n  growth %: {growth}")
+        load = MixedLoad(client, shapes_of(arguments), callers=arguments.callers, seed=arguments.seed)
+        load.run(arguments.first)
+        first = weigh()
+        load.run(arguments.requests)
+        end = weigh()
+    growth = {name: round(100 * (end[name] / first[name] - 1), 1) for name in first if name in end}
+    print(f"soak: {arguments.requests} requests of {arguments.callers} callers: {dict(load.outcomes)}")
+    for name, percent in growth.items():
+        print(
+            f"  {name:24} MB {first[name]:9.1f} after {arguments.first}, {end[name]:9.1f} at the end, {percent:+.1f} %"
+        )
+    wholes = {
+        "resident": [name for name in first if name.endswith(" resident")],
+        "gpu": [name for name in first if name.startswith("gpu ")],
+    }
+    sums = {
+        what: round(100 * (sum(end[name] for name in part) / sum(first[name] for name in part) - 1), 1)
+        for what, part in wholes.items()
+        if part
+    }
+    print(f"  altogether, in %: {sums}; faults {load.faults}")
     return {
-        "requests": requests,
-        "outcomes": dict(outcomes),
-        "resident_mb_first": before,
-        "resident_mb_end": after,
+        "requests": arguments.requests,
+        "callers": arguments.callers,
+        "outcomes": dict(load.outcomes),
+        "first": arguments.first,
+        "mb_first": first,
+        "mb_end": end,
         "growth_percent": growth,
-        "met": max(growth.values()) <= 5.0,
+        "growth_percent_altogether": sums,
+        "met": not load.faults and all(percent <= 5.0 for percent in sums.values()),
     }
 
 
-def measure_crowd(callers: int, seconds: float) -> dict[str, object]:
-    """Callers that each ask again as soon as they are answered."""
-    outcomes: Counter[str] = Counter()
-    with Bench() as bench:
-        ends = time.monotonic() + seconds
-
-        def call(number: int) -> None:
-            while time.monotonic() < ends:
-                try:
-                    bench.client.generate(**SHAPES[number % 2])
-                    outcomes["videos"] += 1
-                except ResourceExhaustedError:
-                    outcomes["refused"] += 1
-                    time.sleep(0.1)
-                except TurboDiffusionError as error:
-                    outcomes[f"{type(error).__name__}: {error}"] += 1
-
-        threads = [threading.Thread(target=call, args=(number,)) for number in range(callers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    print(f"crowd: {callers} callers for {seconds:.0f} s: {dict(outcomes)}")
-    return {"callers": callers, "outcomes": dict(outcomes), "met": set(outcomes) <= {"videos", "refused"}}
-
-
-def measure_cancel(jobs: int, seed: int) -> dict[str, object]:
-    """Milliseconds from the cancel's answer to the job's end, beside those of a step, and the steps told in between."""
-    draw = random.Random(seed)
-    waits, steps, late = [], [], 0
-    with Bench() as bench:
-        jobs_of = bench.client.jobs
-        shape = {**SHAPES[4], "num_frames": 33}
-        report = bench.client.generate(**shape).report
-        step_ms = statistics.median(report["stages"]["denoiser"]["step_milliseconds"])
-        for number in range(jobs):
-            job_id, at = f"cancel-{number}", draw.choice((1, 2, 3))
-            jobs_of.submit(**shape, request_id=job_id)
-            while jobs_of.status(job_id).step < at:
-                time.sleep(0.01)
-            before = jobs_of.cancel(job_id)
-            began = time.perf_counter()
-            while not (job := jobs_of.status(job_id)).has_ended:
-                time.sleep(0.005)
-            waits.append((time.perf_counter() - began) * 1000)
-            steps.append(job.step - before.step if job.stage == before.stage else 9)
-            late += job.state != "cancelled"
-    waits.sort()
-    p99 = waits[max(0, round(0.99 * len(waits)) - 1)]
-    p50 = statistics.median(waits)
-    print(f"cancel: p50 {p50:.0f} ms, p99 {p99:.0f} ms, a step {step_ms:.0f} ms; steps told after it {steps}")
+def measure_crowd(arguments: argparse.Namespace) -> Result:
+    """Sixty-four callers that each ask again as soon as they are answered."""
+    with reach(arguments) as (client, _):
+        load = MixedLoad(client, shapes_of(arguments), callers=64, seed=arguments.seed)
+        load.run(0, arguments.crowd_seconds)
+    print(f"crowd: 64 callers for {arguments.crowd_seconds:.0f} s: {dict(load.outcomes)}; faults {load.faults}")
     return {
-        "jobs": jobs,
+        "callers": 64,
+        "seconds": arguments.crowd_seconds,
+        "outcomes": dict(load.outcomes),
+        "met": not load.faults,
+    }
+
+
+def measure_cancel(arguments: argparse.Namespace) -> Result:
+    """From the answer to a cancellation to the job's end, and the steps told in between."""
+    with reach(arguments) as (client, _):
+        cancels = cancel_jobs(client, arguments.cancels, arguments.seed)
+    p50, p99 = statistics.median(cancels.milliseconds), percentile(cancels.milliseconds, 99)
+    step = max(cancels.step_milliseconds)
+    most = max(cancels.further_steps)
+    print(f"cancel: {arguments.cancels} running jobs, p50 {p50:.0f} ms, p99 {p99:.0f} ms; {most} further steps at most")
+    print(f"  a step {statistics.median(cancels.step_milliseconds):.0f} ms, the longest {step:.0f}")
+    return {
+        "jobs": arguments.cancels,
         "p50_ms": round(p50, 1),
         "p99_ms": round(p99, 1),
-        "step_ms": step_ms,
-        "most_steps_after": max(steps),
-        "not_cancelled": late,
-        "met": max(steps) <= 1 and late == 0,
+        "step_ms": round(statistics.median(cancels.step_milliseconds), 1),
+        "longest_step_ms": round(step, 1),
+        "most_further_steps": most,
+        "not_cancelled": len(cancels.not_cancelled),
+        "met": most <= 1 and not cancels.not_cancelled and p99 <= step + 50.0,
     }
 
 
-def _resident(bench: Bench) -> dict[str, float]:
-    """MB of each process."""
-    found = {}
-    for name, pid in bench.processes().items():
-        (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS:")]
-        found[name] = round(int(line.split()[1]) / 1024, 1)
-    return found
+def measure_drafts(arguments: argparse.Namespace) -> Result:
+    """How long drafts wait among finals that keep the server busy."""
+    with reach(arguments) as (client, _):
+        drafts = send_drafts(client, arguments.drafts, finals=8)
+    turns, wait = percentile(drafts.turns_waited, 95), percentile(drafts.milliseconds, 95)
+    step = drafts.final_step_milliseconds
+    print(f"drafts: {arguments.drafts} among 8 finals: p95 waited for {turns:.0f} steps of finals, {wait:.0f} ms")
+    print(f"  at most {max(drafts.turns_waited)}; a step of the finals {step or float('nan'):.0f} ms")
+    return {
+        "drafts": arguments.drafts,
+        "p95_steps_waited": turns,
+        "most_steps_waited": max(drafts.turns_waited),
+        "p95_ms": round(wait, 1),
+        "final_step_ms": step,
+        "met": turns <= 2,
+    }
+
+
+def shapes_of(arguments: argparse.Namespace) -> tuple[Shape, ...]:
+    """The usual ones, and a longer one where it is asked for."""
+    if arguments.longest is None:
+        return SHAPES
+    return (*SHAPES, {**LONG, "num_frames": arguments.longest})
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The smallest value that at least so many percent of them do not exceed."""
+    return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
+
+
+MEASURES = {
+    "faults": measure_faults,
+    "soak": measure_soak,
+    "crowd": measure_crowd,
+    "cancel": measure_cancel,
+    "drafts": measure_drafts,
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=MEASURES, nargs="+", help="all, unless told; with --url all but faults")
+    parser.add_argument("--url", help="gRPC address of a server that runs already")
+    parser.add_argument("--pid", type=int, help="its tritonserver's process id")
+    parser.add_argument("--gpu", action="store_true", help="tell GPU memory too")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--first", type=int, default=100, help="requests before memory is looked at first")
+    parser.add_argument("--callers", type=int, default=8, help="of the soak")
+    parser.add_argument(
+        "--longest", type=int, metavar="FRAMES", help="one request in seven of soak and crowd is so long"
+    )
+    parser.add_argument("--crowd-seconds", type=float, default=120.0)
+    parser.add_argument("--cancels", type=int, default=20)
+    parser.add_argument("--drafts", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--commit", help="of the measured tree, where it is no checkout")
+    arguments = parser.parse_args()
+    arguments.only = arguments.only or [name for name in MEASURES if not (arguments.url and name == "faults")]
+    if arguments.url and "faults" in arguments.only:
+        parser.error("--only faults: kills no server that runs already")
+    if not 0 < arguments.first < arguments.requests:
+        parser.error(f"--first {arguments.first}: must be 1 to {arguments.requests - 1}, fewer than --requests")
+    return arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("faults", "soak", "crowd", "cancel"))
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--requests", type=int, default=500)
-    parser.add_argument("--crowd-seconds", type=float, default=20.0)
-    parser.add_argument("--cancels", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=7)
-    arguments = parser.parse_args()
-    measures = {
-        "faults": lambda: measure_faults(arguments.kills, arguments.seed),
-        "soak": lambda: measure_soak(arguments.requests, min(100, arguments.requests // 2), arguments.seed),
-        "crowd": lambda: measure_crowd(64, arguments.crowd_seconds),
-        "cancel": lambda: measure_cancel(arguments.cancels, arguments.seed),
-    }
-    chosen = [arguments.only] if arguments.only else list(measures)
-    results = {name: measures[name]() for name in chosen}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    arguments = parse()
+    results = {name: MEASURES[name](arguments) for name in arguments.only}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     met = all(result["met"] for result in results.values())
     print(
         json.dumps(
@@ -319,8 +232,9 @@ def main() -> None:
                 "met": met,
                 "processors": os.cpu_count(),
                 "versions": versions(),
-                "commit": commit,
-            }
+                "commit": arguments.commit or git.stdout.strip(),
+            },
+            ensure_ascii=False,
         )
     )
     sys.exit(0 if met else 1)

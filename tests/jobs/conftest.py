@@ -16,9 +16,11 @@ from turbo_backend.jobs.storage import Storage, open_storage
 MODELS_SERVED = {"text_to_video": MODELS["tiny"]}
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(params=["folder", "memory", "s3"])
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder, and a place behind fsspec."""
+    """A folder, and places behind fsspec."""
+    if request.param == "s3":
+        return f"{request.getfixturevalue('bucket')}/{secrets.token_hex(8)}"
     return str(tmp_path / "jobs") if request.param == "folder" else f"memory://{secrets.token_hex(8)}/jobs"
 
 

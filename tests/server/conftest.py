@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import find_leftovers
 
 from turbo_backend.server.process import TritonServer
 from turbo_backend.settings import list_variables
@@ -86,17 +85,4 @@ def write_model() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def leftovers() -> Callable[[str], list[str]]:
     """`leftovers(shm_prefix)` lists processes, shared memory and temporary folders that bear a server's name."""
-
-    def find(prefix: str) -> list[str]:
-        found = [f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if name.startswith(prefix)]  # noqa: S108
-        found += map(str, Path(tempfile.gettempdir()).glob(f"{prefix.rstrip('_')}*"))
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (folder / "cmdline").read_bytes().decode("utf-8", "replace").replace("\0", " ")
-            except (FileNotFoundError, ProcessLookupError):  # it has just ended
-                continue
-            if prefix in command:
-                found.append(command)
-        return found
-
-    return find
+    return lambda prefix: sorted(find_leftovers(prefix))

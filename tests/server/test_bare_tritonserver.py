@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -10,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -22,6 +25,8 @@ from turbo_client import Client
 
 pytestmark = pytest.mark.server
 
+DOCUMENTATION = Path(__file__).parents[2] / "docs/reliability.md"
+
 
 def is_ready(port: int) -> bool:
     try:
@@ -31,12 +36,21 @@ def is_ready(port: int) -> bool:
         return False
 
 
-@pytest.fixture
-def grpc_url(tmp_path: Path) -> Iterator[str]:
+class Addresses(NamedTuple):
+    """Where the server listens, `host:port`."""
+
+    grpc: str
+    http: str
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
+    tmp_path = tmp_path_factory.mktemp("bare")
     installation = find_triton()
     backends = assemble_backend_directory(installation, tmp_path)
     http, grpc, metrics = choose_ports("127.0.0.1", (0, 0, 0))
-    environment = {**os.environ, **{variable.name: "" for variable in list_variables()}, "TURBO_DEVICE": "cpu"}
+    unset = {variable.name: "" for variable in list_variables()}
+    environment = {**os.environ, **unset, "TURBO_DEVICE": "cpu", "TURBO_JOB_STORE": str(tmp_path / "jobs")}
     log_path = tmp_path / "server.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
@@ -56,7 +70,7 @@ def grpc_url(tmp_path: Path) -> Iterator[str]:
             assert process.poll() is None, log_path.read_text()
             assert time.monotonic() < give_up, log_path.read_text()
             time.sleep(0.1)
-        yield f"127.0.0.1:{grpc}"
+        yield Addresses(grpc=f"127.0.0.1:{grpc}", http=f"127.0.0.1:{http}")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, log_path.read_text()
     finally:
@@ -65,9 +79,38 @@ def grpc_url(tmp_path: Path) -> Iterator[str]:
     assert not [name for name in os.listdir("/dev/shm") if name.startswith(f"bare{os.getpid()}_")]  # noqa: S108
 
 
-def test_it_serves_the_embedded_model(grpc_url: str) -> None:
-    with Client(grpc_url) as client:
+def test_it_serves_the_embedded_model(bare: Addresses) -> None:
+    with Client(bare.grpc) as client:
         client.wait_ready()
         video = client.generate("A red kite over the sea", seed=7, num_steps=1, num_frames=5)
     assert video.report["model"] == "tiny"
     assert video.frames().shape[0] == 5
+
+
+def test_jobs_over_unary_grpc(bare: Addresses) -> None:
+    request = {"prompt": "A red kite over the sea", "seed": 7, "num_steps": 2, "num_frames": 5}
+    with Client(bare.grpc, timeout=120) as client:
+        assert client.jobs.submit(**request, request_id="kite").state in ("queued", "running")
+        assert client.jobs.result("kite").data == client.generate(**request).data
+        assert client.jobs.status("kite").state == "done"
+
+
+def test_jobs_over_http_by_the_words_of_the_documentation(bare: Addresses) -> None:
+    """The three calls that docs/reliability.md makes with curl, sent as they stand there."""
+    bodies = re.findall(r"curl .*?/v2/models/jobs/infer -d '(.*?)'", DOCUMENTATION.read_text(), re.DOTALL)
+    submit, status, result = [body.encode() for body in bodies]
+
+    def call(body: bytes) -> tuple[dict[str, str], bytes]:
+        """(answer's outputs, what follows the JSON)."""
+        with urllib.request.urlopen(f"http://{bare.http}/v2/models/jobs/infer", body) as answer:
+            content = answer.read()
+            length = int(answer.headers.get("Inference-Header-Content-Length", len(content)))
+        outputs = json.loads(content[:length])["outputs"]
+        return {output["name"]: output["data"][0] for output in outputs if "data" in output}, content[length:]
+
+    assert call(submit)[0] == {"STATE": "queued"}
+    assert call(submit)[0]["STATE"] in ("queued", "running"), "sent twice, it is one job"
+    while call(status)[0]["STATE"] != "done":  # pytest's own limit ends it
+        time.sleep(0.05)
+    with Client(bare.grpc, timeout=120) as client:
+        assert call(result)[1][4:] == client.jobs.result("fox").data

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -16,13 +18,22 @@ import grpc
 import numpy as np
 import pytest
 from PIL import Image
+from processes import find_processes
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from turbo_backend.parameters import Delivery
 from turbo_backend.pipeline import Pipeline
 from turbo_backend.server.process import TritonServer
 from turbo_backend.settings import Settings, list_variables
-from turbo_client import Client, InvalidArgumentError, ManifestError, NotFoundError, UnavailableError, read_manifest
+from turbo_client import (
+    AlreadyExistsError,
+    Client,
+    InvalidArgumentError,
+    ManifestError,
+    NotFoundError,
+    UnavailableError,
+    read_manifest,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,8 +53,11 @@ def picture(width: int = 160, height: int = 90, *, seed: int = 0, kind: str = "P
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     unset = {variable.name: "" for variable in list_variables()}
-    log_path = tmp_path_factory.mktemp("triton") / "server.log"
-    with TritonServer(environment={**unset, **ENVIRONMENT}, log_path=log_path, ready_timeout=240) as server:
+    folder = tmp_path_factory.mktemp("triton")
+    environment = {**unset, **ENVIRONMENT, "TURBO_JOB_STORE": str(folder / "jobs")}
+    with TritonServer(
+        environment=environment, log_path=folder / "server.log", ready_timeout=240, restarts=5, restart_grace=0.5
+    ) as server:
         yield server
 
 
@@ -194,3 +208,23 @@ def test_raw_frames_equal_the_pipelines(client: Client, pipeline: Pipeline) -> N
     raw = client.generate("a", image=picture(), container="raw", **values)
     direct = pipeline.generate("a", image=picture(), delivery=Delivery(container="raw", preview=False), **values)
     np.testing.assert_array_equal(raw.frames(), direct.frames)
+
+
+def test_a_job_survives_the_death_of_the_denoiser_to_the_same_bytes(server: TritonServer, client: Client) -> None:
+    request = {"prompt": "The cat turns", "image": picture(seed=12), "seed": 3, "num_frames": 33}
+    expected = client.generate(**request)
+    client.jobs.submit(**request, request_id="from-an-image")
+    steps = []
+    for progress in client.jobs.watch("from-an-image"):
+        if progress.stage == "denoiser":
+            steps.append(progress.step)
+            if steps == [1, 2]:
+                os.kill(find_processes(server.pid)["denoiser"], signal.SIGKILL)
+    video = client.jobs.result("from-an-image")
+    assert video.data == expected.data
+    assert steps[-1] == 4
+    assert client.jobs.status("from-an-image").resumes == 1
+    assert video.report["stages"]["denoiser"]["resumed_after"] in (1, 2, 3)
+    assert client.jobs.submit(**request, request_id="from-an-image").state == "done"
+    with pytest.raises(AlreadyExistsError, match="other parameters"):
+        client.jobs.submit(**{**request, "image": picture(seed=13)}, request_id="from-an-image")

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from processes import find_processes
 
 from turbo_backend.server.process import TritonServer
-from turbo_backend.server.supervisor import child_states
 from turbo_backend.settings import list_variables
 from turbo_client import (
     AlreadyExistsError,
@@ -174,7 +174,7 @@ def test_a_job_survives_a_killed_process_to_the_same_bytes(
     for progress in client.jobs.watch(job_id):
         seen.add(progress.stage)
         if not killed and progress.stage == stage and progress.step > 1:
-            os.kill(pid_of(server, victim), signal.SIGKILL)
+            os.kill(find_processes(server.pid)[victim], signal.SIGKILL)
             killed = True
     assert killed
     assert seen >= {"denoiser", "done"}
@@ -205,6 +205,31 @@ def test_a_stop_does_not_wait_for_jobs_and_the_next_start_goes_on(
     ):
         for number in range(4):
             assert client.jobs.result(f"job-{number}").data == expected
+
+
+def test_a_store_in_s3_keeps_jobs_over_the_death_of_the_denoiser(
+    bucket: str, tmp_path: Path, undisturbed: Callable[..., bytes]
+) -> None:
+    expected = undisturbed(**LONG)
+    with (
+        TritonServer(
+            environment={**environment(tmp_path), "TURBO_JOB_STORE": f"{bucket}/server"},
+            log_path=tmp_path / "log",
+            restarts=2,
+            restart_grace=0.5,
+        ) as server,
+        Client(server.grpc_url, timeout=200) as client,
+    ):
+        client.jobs.submit(**LONG, request_id="far-away")
+        killed = False
+        for progress in client.jobs.watch("far-away"):
+            if not killed and (progress.stage, progress.step) == ("denoiser", 2):
+                os.kill(find_processes(server.pid)["denoiser"], signal.SIGKILL)
+                killed = True
+        video = client.jobs.result("far-away")
+        assert killed
+        assert video.data == expected
+        assert video.report["stages"]["denoiser"]["resumed_after"] >= 1
 
 
 def test_one_server_holds_a_store_and_another_says_so(store: Path, server: TritonServer, tmp_path: Path) -> None:
@@ -297,15 +322,3 @@ def test_metrics_count_jobs(server: TritonServer, client: Client) -> None:
         lines = response.read().decode().splitlines()
     names = {line.partition(" ")[0] for line in lines}
     assert names >= {'turbo_jobs{state="done"}', 'turbo_jobs{state="running"}', "turbo_job_store_bytes"}
-
-
-def pid_of(server: TritonServer, name: str) -> int:
-    assert server.pid is not None
-    if name == "tritonserver":
-        return server.pid
-    (pid,) = [
-        pid
-        for pid in child_states(server.pid)
-        if f"/{name}/1/model.py" in Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-    ]
-    return pid

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import grpc
 import pytest
+from processes import find_processes
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from turbo_backend.server.process import TritonServer
-from turbo_backend.server.supervisor import child_states
 from turbo_backend.settings import list_variables
 from turbo_client import Client, InternalError, UnavailableError, UnreachableError
 
@@ -43,22 +43,12 @@ def client(server: TritonServer) -> Iterator[Client]:
         yield client
 
 
-def pid_of_model(server: TritonServer, model: str) -> int:
-    assert server.pid is not None
-    (pid,) = [
-        pid
-        for pid in child_states(server.pid)
-        if f"/{model}/1/model.py" in Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-    ]
-    return pid
-
-
 @pytest.mark.parametrize("model", ["denoiser", "vae_decoder"])
 def test_a_killed_model_process_ends_its_request_and_the_server_comes_back(
     server: TritonServer, client: Client, leftovers: Leftovers, caplog: pytest.LogCaptureFixture, model: str
 ) -> None:
     before = client.generate(**REQUEST)
-    url, prefix, pid = server.grpc_url, server.shm_prefix, pid_of_model(server, model)
+    url, prefix, pid = server.grpc_url, server.shm_prefix, find_processes(server.pid)[model]
     with client.stream(**REQUEST) as stream:
         for progress in stream:
             if progress.stage == model:
@@ -93,7 +83,7 @@ def test_a_model_reference_that_triton_leaks_does_not_hold_up_the_stop(tmp_path:
 def test_a_model_process_that_died_does_not_hold_up_the_stop(tmp_path: Path, leftovers: Leftovers) -> None:
     log = tmp_path / "server.log"
     with TritonServer(environment=TINY, log_path=log, ready_timeout=120, exit_timeout=120) as server:
-        os.kill(pid_of_model(server, "denoiser"), signal.SIGSEGV)
+        os.kill(find_processes(server.pid)["denoiser"], signal.SIGSEGV)
         prefix = server.shm_prefix
         assert server.stop() == 0
     assert "Exit timeout expired" not in log.read_text()

@@ -2,7 +2,8 @@
 
 Triton 2.51 lets a Python model's own threads send such requests at any time, also while none of its own is at work, and
 gives them the responses of a decoupled ensemble one by one. A model process that dies leaves them waiting; then the
-server itself has to be started anew, which is the launcher's to do, and the job goes on after that.
+server itself has to be started anew, which is the launcher's to do, and the job goes on after that. So it is where the
+threads of this process block one another for ever (`standstill`).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -167,6 +168,9 @@ class TritonProcess:
         """Stops it, removes what it leaves, and returns its exit status."""
         self.request_stop(seconds)
         code = self._process.wait()
+        if code < 0:  # the supervisor was killed: nobody else ends model processes that hang
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
         self._remove()
         return code
 

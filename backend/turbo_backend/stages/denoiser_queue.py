@@ -130,6 +130,8 @@ class DenoiserQueue:
                 run.waiting_since = now
                 run.log.step_milliseconds.append(milliseconds)
                 run.log.batch_sizes.append(len(running.runs))
+            for task, run in self._runs.items():
+                run.log.turns_waited += task not in running.turn.tasks
             self._running = None
         return milliseconds
 

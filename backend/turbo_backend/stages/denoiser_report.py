@@ -21,12 +21,14 @@ class StepLog:
 
     Attributes:
         queue_milliseconds: time in which others had the device, before its first step and between its steps.
+        turns_waited: turns of others that ended in that time.
         step_milliseconds: of each step that was run.
         batch_sizes: how many requests shared each of these steps, this one included.
         resumed_after: steps that an earlier run had finished; 0 where there was none.
     """
 
     queue_milliseconds: float = 0.0
+    turns_waited: int = 0
     step_milliseconds: list[float] = field(default_factory=list)
     batch_sizes: list[int] = field(default_factory=list)
     resumed_after: int = 0
@@ -78,6 +80,7 @@ class DenoiserReport:
         stage: dict[str, object] = {
             "milliseconds": round(sum(log.step_milliseconds), 2),
             "queue_milliseconds": round(log.queue_milliseconds, 2),
+            "turns_waited": log.turns_waited,
             "step_milliseconds": [round(milliseconds, 2) for milliseconds in log.step_milliseconds],
             "batch_size": max(log.batch_sizes, default=1),
             "batch_sizes": list(log.batch_sizes),

@@ -235,6 +235,7 @@ def load_vae_decoder(settings: Settings, *, cancellations: Cancellations | None 
     settle_gpu(settings.device)
     stage = VAEDecoderStage(
         vae,
+        max_batch_size=settings.max_batch_size,
         max_batch_pixels=_BATCH_PIXELS,
         fingerprint=fingerprint,
         room=_room(settings),

@@ -69,6 +69,7 @@ class VAEDecoderStage:
 
     Args:
         vae: network on its device, in its dtype.
+        max_batch_size: most requests that one batch may decode together.
         max_batch_pixels: most pixels (frames x height x width, all members) that one batch may decode together.
         fingerprint: of the weights, for the report.
         room: bytes of GPU memory that shall be free for others between batches.
@@ -79,6 +80,7 @@ class VAEDecoderStage:
         self,
         vae: WanVAE,
         *,
+        max_batch_size: int,
         max_batch_pixels: int,
         fingerprint: str,
         room: int = 0,
@@ -86,6 +88,7 @@ class VAEDecoderStage:
     ) -> None:
         self._vae = vae
         self._fingerprint = fingerprint
+        self._max_batch_size = max_batch_size
         self._max_batch_pixels = max_batch_pixels
         self._room = room
         self._cancellations = cancellations
@@ -106,7 +109,7 @@ class VAEDecoderStage:
                 yield index, InvalidArgument("LATENTS", list(request.latents.shape), "of shape [16, T, h, w]")
         for shape, members in groups.items():
             _, t, h, w = shape
-            at_once = max(1, self._max_batch_pixels // ((4 * t - 3) * h * w * 64))
+            at_once = max(1, min(self._max_batch_size, self._max_batch_pixels // ((4 * t - 3) * h * w * 64)))
             for first in range(0, len(members), at_once):
                 group = {index: requests[index] for index in members[first : first + at_once]}
                 yield from self._heed_cancellations(group, self._decode_group(list(group), list(group.values())))

@@ -6,12 +6,14 @@ from turbo_backend.errors import TurboError
 from turbo_backend.jobs.ensemble import generate
 from turbo_backend.jobs.lifecycle import JobsLifecycle
 from turbo_backend.jobs.service import Call, JobService
+from turbo_backend.jobs.standstill import StandstillGuard
 from turbo_backend.settings import Settings
 
 
 class TritonPythonModel:
     @triton.tells_failure
     def initialize(self, args):
+        self._guard = StandstillGuard()
         settings = Settings.from_environment()
         self._counters = {
             "resume": triton.Counter("turbo_job_resumes", "Jobs that went on after an interruption", "ensemble"),
@@ -32,6 +34,7 @@ class TritonPythonModel:
 
     def finalize(self):
         self._lifecycle.stop()
+        self._guard.stop()
         self._cancellations.close()
 
     def _observe(self, runner):
