@@ -22,12 +22,14 @@ class StepLog:
     Attributes:
         queue_milliseconds: time in which others had the device, before its first step and between its steps.
         step_milliseconds: of each step that was run.
+        forward_milliseconds: of the network alone in each of them, on the device's clock.
         batch_sizes: how many requests shared each of these steps, this one included.
         resumed_after: steps that an earlier run had finished; 0 where there was none.
     """
 
     queue_milliseconds: float = 0.0
     step_milliseconds: list[float] = field(default_factory=list)
+    forward_milliseconds: list[float] = field(default_factory=list)
     batch_sizes: list[int] = field(default_factory=list)
     resumed_after: int = 0
 
@@ -79,6 +81,7 @@ class DenoiserReport:
             "milliseconds": round(sum(log.step_milliseconds), 2),
             "queue_milliseconds": round(log.queue_milliseconds, 2),
             "step_milliseconds": [round(milliseconds, 2) for milliseconds in log.step_milliseconds],
+            "forward_milliseconds": [round(milliseconds, 2) for milliseconds in log.forward_milliseconds],
             "batch_size": max(log.batch_sizes, default=1),
             "batch_sizes": list(log.batch_sizes),
             **gpu_peak(),
