@@ -218,10 +218,15 @@ class Sampling:
 
     def _show(self, sample: Sample, step: Step) -> HostStep:
         return HostStep(
-            preview_latents=_to_host(_shrink(step.denoised)) if sample.preview else None,
+            preview_latents=_to_host(shrink(step.denoised)) if sample.preview else None,
             state=_to_host(step.latents) if sample.keep else None,
             latents=_to_host(step.latents.float()) if step.is_last else None,
         )
+
+
+def preview_factor(height: int, width: int) -> int:
+    """How many latents a side become one of a preview."""
+    return -(-max(height, width) // _PREVIEW_SIDE)
 
 
 def use_device(device: torch.device) -> None:
@@ -230,18 +235,18 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def shrink(estimate: torch.Tensor) -> torch.Tensor:
+    """The middle frame of `[C, T, h, w]`, averaged down to at most `_PREVIEW_SIDE` a side, float32 `[C, 1, h', w']`."""
+    frame = estimate[:, estimate.shape[1] // 2].float()
+    factor = preview_factor(*frame.shape[1:])
+    if factor > 1:
+        frame = F.avg_pool2d(frame[None], factor)[0]
+    return frame[:, None]
+
+
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that is complete once the device has come so far; on the CPU the tensor itself."""
     if not tensor.is_cuda:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
-
-
-def _shrink(estimate: torch.Tensor) -> torch.Tensor:
-    """The middle frame of `[C, T, h, w]`, averaged down to at most `_PREVIEW_SIDE` a side, float32 `[C, 1, h', w']`."""
-    frame = estimate[:, estimate.shape[1] // 2].float()
-    factor = -(-max(frame.shape[1:]) // _PREVIEW_SIDE)
-    if factor > 1:
-        frame = F.avg_pool2d(frame[None], factor)[0]
-    return frame[:, None]
