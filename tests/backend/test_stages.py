@@ -362,6 +362,9 @@ class TestDenoiser:
         assert report is not None
         json.dumps(report)
         steps = report["stages"]["denoiser"].pop("step_milliseconds")  # type: ignore[index]
+        forwards = report["stages"]["denoiser"].pop("forward_milliseconds")  # type: ignore[index]
+        assert len(forwards) == 2
+        assert all(0 < forward <= step + 0.01 for forward, step in zip(forwards, steps, strict=True))
         assert len(steps) == 2  # and so three figures rounded to 0.01
         assert report["stages"]["denoiser"].pop("milliseconds") == pytest.approx(sum(steps), abs=0.016)  # type: ignore[index]
         assert report["stages"]["denoiser"].pop("queue_milliseconds") >= 0  # type: ignore[index]

@@ -18,6 +18,7 @@ from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.nets.vae import WanVAE
 from turbo_backend.parameters import ASPECT_RATIOS, RESOLUTIONS, GenerationParameters
 from turbo_backend.settings import Settings
+from turbo_backend.stages.sampling import shrink
 from turbo_backend.stages.warm_up import (
     decode_presets,
     denoise_presets,
@@ -122,12 +123,24 @@ def test_denoiser_runs_each_preset_with_each_attention(
     assert [len(ran) for ran in blocks] == [len(shapes)] * 2
 
 
-def test_vae_decodes_two_latent_frames_of_each_preset(
+def test_vae_decodes_a_preview_and_two_latent_frames_of_each_preset(
     vae: WanVAE, small_presets: list[GenerationParameters], calls: Callable[[nn.Module], list[tuple[int, ...]]]
 ) -> None:
     shapes = calls(vae.decoder)
     decode_presets(vae, small_presets)
-    assert shapes == [(1, height // 8, width // 8, 16) for width, height in sizes(small_presets) for _ in range(2)]
+    full = [(1, height // 8, width // 8, 16) for width, height in sizes(small_presets)]
+    assert shapes == [size for size in full for _ in range(3)], "previews of 144p are as large as it is"
+
+
+def test_previews_are_warmed_up_in_their_own_size(
+    vae: WanVAE, calls: Callable[[nn.Module], list[tuple[int, ...]]]
+) -> None:
+    (parameters,) = list_presets(dataclasses.replace(MODELS["tiny"], resolutions=("480",)), ("1:1",))
+    shapes = calls(vae.decoder)
+    decode_presets(vae, [parameters])
+    previewed = shrink(torch.zeros(16, 3, *parameters.latent_shape[1:]))
+    assert shapes[0] == (1, *previewed.shape[2:], 16) == (1, 30, 30, 16)
+    assert shapes[1:] == [(1, 60, 60, 16)] * 2
 
 
 def test_image_encoder_sees_each_preset(

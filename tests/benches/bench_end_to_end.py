@@ -199,6 +199,7 @@ def _milliseconds(stages: Report) -> dict[str, object]:
     """What each stage took, and what the MP4 added after the last frame."""
     found: dict[str, object] = {name: facts["milliseconds"] for name, facts in stages.items()}
     found["steps"] = stages["denoiser"]["step_milliseconds"]
+    found["forwards"] = stages["denoiser"]["forward_milliseconds"]
     found["video_encoder_after_decode"] = stages["video_encoder"]["milliseconds_after_decode"]
     return found
 

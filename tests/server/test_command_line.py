@@ -66,6 +66,22 @@ def test_status_names_the_models(triton: TritonServer, tmp_path: Path) -> None:
     }
 
 
+def test_cancelling_what_has_ended_says_so(triton: TritonServer, tmp_path: Path) -> None:
+    def jobs(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return run("jobs", *arguments, url=triton.grpc_url, cwd=tmp_path)
+
+    assert jobs("submit", "a", "--request-id", "ended", *SHORT).returncode == 0
+    assert jobs("watch", "ended").returncode == 0
+    for operation in ("cancel", "resume"):
+        answer = jobs(operation, "ended")
+        assert (answer.returncode, answer.stdout) == (0, "ended\n")
+        assert answer.stderr == f"warning: ended is done already, there is nothing to {operation}\n"
+    assert jobs("delete", "ended").returncode == 0
+    nobody = run("cancel", "nobody", url=triton.grpc_url, cwd=tmp_path)
+    assert nobody.returncode == 0
+    assert "if there is one" in nobody.stderr
+
+
 def test_interrupt_leaves_no_file(triton: TritonServer, tmp_path: Path) -> None:
     command = [*COMMAND, "generate", "a long one", "-o", "a.mp4", "--num-frames", "65", "--url", triton.grpc_url]
     process = subprocess.Popen(

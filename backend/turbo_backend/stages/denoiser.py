@@ -228,7 +228,7 @@ class DenoiserStage:
                     self._add("turbo_denoiser_queue_milliseconds", label, run.log.queue_milliseconds)
             turn = running.turn
             try:
-                steps = self._sampling.run(
+                steps, forward_milliseconds = self._sampling.run(
                     [run.sample for run in running.runs],
                     turn.expert,
                     upcoming=[run.sample for run in running.upcoming],
@@ -239,6 +239,8 @@ class DenoiserStage:
                 self._tell_failure(running.runs, error)
                 return
             milliseconds = self._queue.end_turn(running)
+            for run in running.runs:
+                run.log.forward_milliseconds.append(forward_milliseconds)
             self._add("turbo_denoiser_steps", str(len(steps)))
             self._add("turbo_denoiser_step_milliseconds", str(len(steps)), milliseconds)
             self._sweep()  # who was cancelled meanwhile is told so, and of no further step
@@ -291,7 +293,7 @@ class DenoiserStage:
                 run.log.resumed_after = sample.step
                 self._add("turbo_denoiser_resumes", str(sample.step))
         if sample.state is not None and sample.step == sample.parameters.num_steps:
-            self._tell_step(run, HostStep(preview_latents=None, state=None, latents=sample.state.float()))
+            self._tell_step(run, HostStep(latents=sample.state.float()))
             return
         if len(self._queue) <= _MAX_DRAWN_AHEAD:
             self._sampling.draw_ahead(sample, sample.step)

@@ -23,6 +23,7 @@ class StepLog:
         queue_milliseconds: time in which others had the device, before its first step and between its steps.
         turns_waited: turns of others that ended in that time.
         step_milliseconds: of each step that was run.
+        forward_milliseconds: of the network alone in each of them, on the device's clock.
         batch_sizes: how many requests shared each of these steps, this one included.
         resumed_after: steps that an earlier run had finished; 0 where there was none.
     """
@@ -30,6 +31,7 @@ class StepLog:
     queue_milliseconds: float = 0.0
     turns_waited: int = 0
     step_milliseconds: list[float] = field(default_factory=list)
+    forward_milliseconds: list[float] = field(default_factory=list)
     batch_sizes: list[int] = field(default_factory=list)
     resumed_after: int = 0
 
@@ -82,6 +84,7 @@ class DenoiserReport:
             "queue_milliseconds": round(log.queue_milliseconds, 2),
             "turns_waited": log.turns_waited,
             "step_milliseconds": [round(milliseconds, 2) for milliseconds in log.step_milliseconds],
+            "forward_milliseconds": [round(milliseconds, 2) for milliseconds in log.forward_milliseconds],
             "batch_size": max(log.batch_sizes, default=1),
             "batch_sizes": list(log.batch_sizes),
             **gpu_peak(),

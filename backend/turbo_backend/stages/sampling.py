@@ -22,6 +22,7 @@ from turbo_backend.parameters import GenerationParameters
 from turbo_backend.sampler import RCMSchedule, Step
 from turbo_backend.settings import available_processors
 from turbo_backend.stages.experts import Experts
+from turbo_backend.stages.stopwatch import Stopwatch
 
 #: Longest side of a preview in latents; larger estimates are averaged down before they are decoded.
 _PREVIEW_SIDE = 32
@@ -84,9 +85,9 @@ class HostStep:
         latents: float32 `[16, T, h, w]` after the last step.
     """
 
-    preview_latents: torch.Tensor | None
-    state: torch.Tensor | None
-    latents: torch.Tensor | None
+    preview_latents: torch.Tensor | None = None
+    state: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
 
 
 class Sampling:
@@ -123,10 +124,11 @@ class Sampling:
     @torch.inference_mode()
     def run(
         self, samples: Sequence[Sample], expert: int, *, upcoming: Sequence[Sample], next_expert: int
-    ) -> list[HostStep]:
+    ) -> tuple[list[HostStep], float]:
         """One step of each of `samples`, which share shape, attention and expert; returns when it is done.
 
-        A step that fails leaves the samples as they were.
+        Returns them, and the milliseconds that the network took of the device. A step that fails leaves the samples as
+        they were.
 
         Args:
             upcoming: who will probably take the next step, with `next_expert`: what those need is got ready meanwhile.
@@ -149,7 +151,9 @@ class Sampling:
         )
         if next_expert != expert:
             self._experts.switch_during_next_run(next_expert)
+        forward = Stopwatch(self._device)
         velocities = net(inputs, torch.tensor(timesteps, dtype=torch.float64), context, attention=attention)
+        forward.stop()
         steps = [
             self._take_step(sample, state, velocity)
             for sample, state, velocity in zip(samples, states, velocities, strict=True)
@@ -163,7 +167,7 @@ class Sampling:
             sample.step = step.index + 1
             for index in [index for index in sample.noise if index <= sample.step]:
                 del sample.noise[index]
-        return seen
+        return seen, forward.milliseconds()
 
     def forget(self, sample: Sample) -> None:
         """Frees what is prepared for a sample that takes no more steps."""
@@ -214,10 +218,15 @@ class Sampling:
 
     def _show(self, sample: Sample, step: Step) -> HostStep:
         return HostStep(
-            preview_latents=_to_host(_shrink(step.denoised)) if sample.preview else None,
+            preview_latents=_to_host(shrink(step.denoised)) if sample.preview else None,
             state=_to_host(step.latents) if sample.keep else None,
             latents=_to_host(step.latents.float()) if step.is_last else None,
         )
+
+
+def preview_factor(height: int, width: int) -> int:
+    """How many latents a side become one of a preview."""
+    return -(-max(height, width) // _PREVIEW_SIDE)
 
 
 def use_device(device: torch.device) -> None:
@@ -226,18 +235,18 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def shrink(estimate: torch.Tensor) -> torch.Tensor:
+    """The middle frame of `[C, T, h, w]`, averaged down to at most `_PREVIEW_SIDE` a side, float32 `[C, 1, h', w']`."""
+    frame = estimate[:, estimate.shape[1] // 2].float()
+    factor = preview_factor(*frame.shape[1:])
+    if factor > 1:
+        frame = F.avg_pool2d(frame[None], factor)[0]
+    return frame[:, None]
+
+
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that is complete once the device has come so far; on the CPU the tensor itself."""
     if not tensor.is_cuda:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
-
-
-def _shrink(estimate: torch.Tensor) -> torch.Tensor:
-    """The middle frame of `[C, T, h, w]`, averaged down to at most `_PREVIEW_SIDE` a side, float32 `[C, 1, h', w']`."""
-    frame = estimate[:, estimate.shape[1] // 2].float()
-    factor = -(-max(frame.shape[1:]) // _PREVIEW_SIDE)
-    if factor > 1:
-        frame = F.avg_pool2d(frame[None], factor)[0]
-    return frame[:, None]

@@ -22,6 +22,7 @@ from turbo_backend.planner import Placement, plan_memory, whole_bytes
 from turbo_backend.settings import Settings
 from turbo_backend.stages.denoiser import DenoiserStage
 from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest
+from turbo_backend.stages.sampling import preview_factor
 from turbo_backend.stages.vae_decoder import DecodeRequest, VAEDecoderStage
 from turbo_backend.video import to_yuv420
 
@@ -166,7 +167,7 @@ def _run_default_requests(stage: DenoiserStage, model: ModelConfig, types: Seque
 
 
 def warm_vae_decoder(stage: VAEDecoderStage, vae: WanVAE, settings: Settings) -> None:
-    """Two latent frames of each preset, wide, square and upright; then a request at the default size."""
+    """Two latent frames and a preview of each preset, wide, square and upright; then a request at the default size."""
     model = settings.served_model
 
     def needed(parameters: GenerationParameters) -> int:
@@ -186,9 +187,11 @@ def warm_vae_decoder(stage: VAEDecoderStage, vae: WanVAE, settings: Settings) ->
 
 @torch.inference_mode()
 def decode_presets(vae: WanVAE, presets: Iterable[GenerationParameters]) -> None:
-    """The first two latent frames of each, to the planes that an MP4 takes."""
+    """The first two latent frames of each, to the planes that an MP4 takes, and a preview."""
     for parameters in presets:
         _, h, w = parameters.latent_shape
+        factor = preview_factor(h, w)
+        vae.decode_frame(torch.zeros(1, vae.config.z_dim, 1, h // factor, w // factor))
         for frames_BCFHW in vae.decode_chunks(torch.zeros(1, vae.config.z_dim, 2, h, w)):
             to_yuv420(frames_BCFHW)
 
