@@ -20,6 +20,7 @@ from turbo_kernels.block_map import (
     select_blocks,
 )
 from turbo_kernels.checks import check_attention_inputs, check_float
+from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX, Fp8Rows
 from turbo_kernels.linear_attention import linear_attention, linear_attention_reference
 from turbo_kernels.providers import is_hopper, resolve_provider
 from turbo_kernels.sage_attention import prepare_queries, sage_attention_reference, sage_attention_triton
@@ -70,19 +71,10 @@ def sla_attention(
     Raises:
         ValueError: any argument that does not fit, or a provider that cannot run here.
     """
-    check_attention_inputs(q=q_BLHD, k=k_BLHD, v=v_BLHD)
-    D = q_BLHD.shape[-1]
-    check_float("proj_weight", proj_weight_DD)
-    check_float("proj_bias", proj_bias_D)
-    if proj_weight_DD.shape != (D, D) or proj_bias_D.shape != (D,):
-        raise ValueError(
-            f"proj_l has shapes {tuple(proj_weight_DD.shape)}, {tuple(proj_bias_D.shape)}: must be {(D, D)}, {(D,)}"
-        )
-    block_q, block_k = attention_geometry(attention_type, q_BLHD.device)
-    available = ("reference", "triton", "spargeattn") if attention_type == "sagesla" else ("reference", "triton")
-    provider = resolve_provider(provider, q_BLHD.device, op=f"{attention_type} attention", available=available)
+    provider = _check_sla(q_BLHD, k_BLHD, v_BLHD, proj_weight_DD, proj_bias_D, attention_type, provider)
     if provider == "triton":
-        return _sla_triton(q_BLHD, k_BLHD, v_BLHD, proj_weight_DD, proj_bias_D, attention_type, topk)
+        return _sla_triton(q_BLHD, k_BLHD, v_BLHD, proj_weight_DD, proj_bias_D, attention_type, topk, None)
+    block_q, block_k = attention_geometry(attention_type, q_BLHD.device)
     pooled_by = "reference" if provider == "reference" else "triton"
     selected = block_map(q_BLHD, k_BLHD, block_q=block_q, block_k=block_k, topk=topk, provider=pooled_by)
     if provider == "spargeattn":
@@ -95,6 +87,71 @@ def sla_attention(
     return (sparse_branch(q_BLHD, k_BLHD, v_BLHD, selected) + projected).to(q_BLHD.dtype)
 
 
+def sagesla_attention_fp8(
+    q_BLHD: torch.Tensor,
+    k_BLHD: torch.Tensor,
+    v_BLHD: torch.Tensor,
+    proj_weight_DD: torch.Tensor,
+    proj_bias_D: torch.Tensor,
+    *,
+    topk: float,
+    provider: str | None = None,
+) -> Fp8Rows:
+    """`sla_attention` of type `sagesla` as e4m3 rows [B, L, H * D], ready for the next product.
+
+    The rows of a sample have one scale, the bound of its output (`summary`) over 448: a few binades above the largest
+    value, of which e4m3 has fifteen.
+
+    Args:
+        provider: `reference` or `triton`; None chooses by device.
+
+    Raises:
+        ValueError: any argument that does not fit, or a provider that cannot run here.
+    """
+    arguments = q_BLHD, k_BLHD, v_BLHD, proj_weight_DD, proj_bias_D
+    provider = _check_sla(*arguments, "sagesla", provider)
+    B, L, H, D = q_BLHD.shape
+    if provider == "triton":
+        scale_BL = torch.empty(B, L, dtype=torch.float32, device=q_BLHD.device)
+        values = _sla_triton(*arguments, "sagesla", topk, scale_BL)
+        return Fp8Rows(values.view(B, L, H * D), scale_BL)
+    if provider != "reference":
+        raise ValueError(f"provider {provider!r} does not offer sagesla attention in e4m3: one of reference, triton")
+    out = sla_attention(*(x.float() for x in arguments), attention_type="sagesla", topk=topk, provider=provider)
+    v_amax_BHD = v_BLHD.abs().amax(1).float()
+    bound_BHD = v_amax_BHD + v_amax_BHD @ proj_weight_DD.float().abs().t() + proj_bias_D.float().abs()
+    scale_B = bound_BHD.amax((1, 2)).clamp_min(AMAX_FLOOR) * (1.0 / FP8_MAX)
+    scaled = (out.flatten(2) / scale_B[:, None, None]).clamp(-FP8_MAX, FP8_MAX)
+    return Fp8Rows(scaled.to(torch.float8_e4m3fn), scale_B[:, None].expand(B, L).contiguous())
+
+
+def _check_sla(
+    q_BLHD: torch.Tensor,
+    k_BLHD: torch.Tensor,
+    v_BLHD: torch.Tensor,
+    proj_weight_DD: torch.Tensor,
+    proj_bias_D: torch.Tensor,
+    attention_type: str,
+    provider: str | None,
+) -> str:
+    """The provider that will run.
+
+    Raises:
+        ValueError: any argument that does not fit, or a provider that cannot run here.
+    """
+    check_attention_inputs(q=q_BLHD, k=k_BLHD, v=v_BLHD)
+    D = q_BLHD.shape[-1]
+    check_float("proj_weight", proj_weight_DD)
+    check_float("proj_bias", proj_bias_D)
+    if proj_weight_DD.shape != (D, D) or proj_bias_D.shape != (D,):
+        raise ValueError(
+            f"proj_l has shapes {tuple(proj_weight_DD.shape)}, {tuple(proj_bias_D.shape)}: must be {(D, D)}, {(D,)}"
+        )
+    attention_geometry(attention_type, q_BLHD.device)  # refuses another type
+    available = ("reference", "triton", "spargeattn") if attention_type == "sagesla" else ("reference", "triton")
+    return resolve_provider(provider, q_BLHD.device, op=f"{attention_type} attention", available=available)
+
+
 def _sla_triton(
     q_BLHD: torch.Tensor,
     k_BLHD: torch.Tensor,
@@ -103,6 +160,7 @@ def _sla_triton(
     proj_bias_D: torch.Tensor,
     attention_type: str,
     topk: float,
+    out_scale_BL: torch.Tensor | None,
 ) -> torch.Tensor:
     """One pass over k and v, one over q, selection, (quantisation,) then both branches in the attention kernel.
 
@@ -112,13 +170,13 @@ def _sla_triton(
     block_q, block_k = attention_geometry(attention_type, q_BLHD.device)
     num_selected = num_selected_blocks(topk, num_blocks(L, block_k))
     shape = (B, H, num_blocks(L, block_q), num_selected)
-    proj_weight_DD = proj_weight_DD.contiguous()
-    summary = summarize(k_BLHD, v_BLHD, block_k=block_k, linear=True, proj_weight_DD=proj_weight_DD)
+    proj_l = proj_weight_DD.contiguous(), proj_bias_D.contiguous()
+    summary = summarize(k_BLHD, v_BLHD, block_k=block_k, linear=True, proj_l=proj_l)
     if attention_type == "sagesla":
         queries = prepare_queries(q_BLHD, block_q)
         indices = select_blocks(queries.pooled, summary.pooled_k, summary.k_mean, num_selected, shape)
         selected = BlockMap(indices, block_q, block_k)
-        return sage_attention_triton(q_BLHD, k_BLHD, v_BLHD, selected, queries, summary, proj_bias_D)
+        return sage_attention_triton(q_BLHD, k_BLHD, v_BLHD, selected, queries, summary, proj_bias_D, out_scale_BL)
     pooled_q = pool_blocks_triton(q_BLHD, block_q)
     indices = select_blocks(pooled_q, summary.pooled_k, summary.k_mean, num_selected, shape)
     selected = BlockMap(indices, block_q, block_k)

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from turbo_kernels.block_map import BlockMap, check_block_map, num_blocks
 from turbo_kernels.checks import check_attention_inputs
+from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX
 from turbo_kernels.linear_attention import DENOMINATOR_FLOOR
 from turbo_kernels.providers import (
     FUSE_FMA,
@@ -293,6 +294,8 @@ def sage_attention_kernel(
     phi_sum,  # [BH, D], LINEAR only
     proj_bias,  # [D], LINEAR only
     out,  # [B, L, H, D] contiguous
+    out_bound,  # [BH], QUANTIZE only
+    out_scale,  # [B, L], QUANTIZE only
     L,
     num_q_blocks,
     num_k_blocks,
@@ -300,14 +303,18 @@ def sage_attention_kernel(
     floor,
     scale,
     log2_p_max,
+    amax_floor,
+    fp8_max,
     stride_qb,
     stride_ql,
     stride_qh,
     H,
+    HEADS: tl.constexpr,  # H, or the next power of two
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LINEAR: tl.constexpr,
+    QUANTIZE: tl.constexpr,  # with LINEAR only
     DESCRIPTORS: tl.constexpr,
     AHEAD: tl.constexpr,  # load each index an iteration before its tiles
 ):
@@ -350,6 +357,14 @@ def sage_attention_kernel(
             b_kv = tl.load(kv + i_bh * D * D + o_d[:, None] * D + o_d[None, :])
         b_linear = linear_branch(b_q, inside, b_kv, phi_sum, i_bh, floor, D)
         acc += b_linear + tl.load(proj_bias + o_d).to(tl.float32)[None, :]
+    if QUANTIZE:
+        # One scale a sample, from bounds that are known: no head waits for another's largest value.
+        o_h = tl.arange(0, HEADS)
+        bound = tl.max(tl.load(out_bound + i_b * H + o_h, mask=o_h < H, other=0.0), 0)
+        row_scale = tl.maximum(bound, amax_floor) * (1.0 / fp8_max)
+        acc = tl.minimum(tl.maximum(acc * (1.0 / row_scale), -fp8_max), fp8_max)
+        if i_h == 0:
+            tl.store(out_scale + i_b * L + o_l, tl.broadcast_to(row_scale, [BLOCK_Q]), mask=inside)
     p_out = out + ((i_b * L + o_l)[:, None] * H + i_h) * D + o_d[None, :]
     tl.store(p_out, acc.to(out.dtype.element_ty), mask=inside[:, None])
 
@@ -378,9 +393,14 @@ def sage_attention_triton(
     queries: PreparedQueries,
     summary: Summary,
     proj_bias_D: torch.Tensor | None = None,
+    out_scale_BL: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Quantise keys and values, then attend; with proj_l's bias (its weight folded into summary.kv) the linear
-    branch is added before rounding."""
+    """Quantise keys and values, then attend; [B, L, H, D].
+
+    Args:
+        proj_bias_D: proj_l's bias (its weight folded into summary.kv): the linear branch is added before rounding.
+        out_scale_BL: fp32, with proj_bias_D alone: asks for the output in e4m3, and is filled with its scales.
+    """
     B, L, H, D = q_BLHD.shape
     device = q_BLHD.device
     block_q, block_k = block_map.block_q, block_map.block_k
@@ -390,7 +410,9 @@ def sage_attention_triton(
     k_scale = torch.empty(B * H, num_k_blocks, dtype=torch.float32, device=device)
     v_dtype = torch.float8_e4m3fn if fp8 else torch.float16
     v8 = torch.empty(B * H, num_k_blocks, D, block_k, dtype=v_dtype, device=device)
-    out = torch.empty(B, L, H, D, dtype=q_BLHD.dtype, device=device)
+    quantize = out_scale_BL is not None
+    out = torch.empty(B, L, H, D, dtype=torch.float8_e4m3fn if quantize else q_BLHD.dtype, device=device)
+    rounding = (summary.out_bound, out_scale_BL) if quantize else (out, out)
     linear: tuple[Any, ...] = (out, out, out)
     if proj_bias_D is not None and summary.kv is not None:
         linear = (tile_descriptors(summary.kv) if descriptors else summary.kv, summary.phi_sum, proj_bias_D)
@@ -403,9 +425,11 @@ def sage_attention_triton(
         keys, values = (tile_descriptors(k8), tile_descriptors(v8)) if descriptors else (k8, v8)
         sage_attention_kernel[(num_q_blocks, B * H)](
             q_BLHD, queries.int8, queries.scale, keys, k_scale, values, summary.v_scale, block_map.indices,
-            *linear, out, L, num_q_blocks, num_k_blocks, block_map.num_selected, DENOMINATOR_FLOOR / L,
-            D**-0.5 * math.log2(math.e), math.log2(P_MAX_FP8) if fp8 else 0.0, *q_BLHD.stride()[:3], H,
-            D=D, BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=proj_bias_D is not None, DESCRIPTORS=descriptors,
+            *linear, out, *rounding, L, num_q_blocks, num_k_blocks, block_map.num_selected, DENOMINATOR_FLOOR / L,
+            D**-0.5 * math.log2(math.e), math.log2(P_MAX_FP8) if fp8 else 0.0, AMAX_FLOOR, FP8_MAX,
+            *q_BLHD.stride()[:3], H, HEADS=triton.next_power_of_2(H),
+            D=D, BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=proj_bias_D is not None, QUANTIZE=quantize,
+            DESCRIPTORS=descriptors,
             AHEAD=is_hopper(device),  # triton 3.9 cannot pipeline a carried index for Blackwell
             num_warps=4 if block_q == 64 else 8, num_stages=3 if block_q == 64 else 2, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip

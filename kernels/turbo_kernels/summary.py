@@ -5,6 +5,8 @@
     v_scale   = amax_L(|v|) / V_MAX            one a (head, channel), for 8-bit values
     phi_sum   = mean_L(phi(k))                 phi = softmax over channels
     kv        = mean_L(phi(k) v^T) [ W^T ]     [D, D], of phi in the input dtype; with proj_l folded in where given
+    out_bound = max_i (a_i + sum_j |W_ij| a_j + |b_i|), a = amax_L(|v|)
+                                               no output of the head is larger: both branches average v
 
 Means instead of sums keep kv inside fp16; the linear branch's 1e-5 is divided by L in turn. The sequence is cut into
 chunks of a fixed number of tokens, summed in order: neither batch size nor device changes a bit.
@@ -45,6 +47,7 @@ class Summary:
         v_scale: fp32 [BH, D].
         phi_sum: fp32 [BH, D], None unless asked for.
         kv: [BH, D, D] in the input dtype, None unless asked for.
+        out_bound: fp32 [BH], None unless proj_l is given.
     """
 
     k_mean: torch.Tensor
@@ -52,6 +55,7 @@ class Summary:
     v_scale: torch.Tensor
     phi_sum: torch.Tensor | None
     kv: torch.Tensor | None
+    out_bound: torch.Tensor | None
 
 
 @triton.jit
@@ -146,7 +150,9 @@ def reduce_chunks_kernel(
     v_scale,  # [BH, D]
     phi_sum,  # [BH, D]
     kv,  # [BH, D, D]
-    proj_weight,  # [D, D]
+    out_bound,  # [BH], PROJECT only
+    proj_weight,  # [D, D], PROJECT only
+    proj_bias,  # [D], PROJECT only
     L,
     num_chunks,
     v_max,
@@ -171,7 +177,13 @@ def reduce_chunks_kernel(
             if LINEAR:
                 b_phi_sum += tl.load(phi_sums + o_part)
         tl.store(k_mean + i_bh * D + o_d, b_k_sum / L)
-        tl.store(v_scale + i_bh * D + o_d, tl.maximum(b_v_amax, v_amax_floor) * (1.0 / v_max))
+        b_v_amax = tl.maximum(b_v_amax, v_amax_floor)
+        tl.store(v_scale + i_bh * D + o_d, b_v_amax * (1.0 / v_max))
+        if PROJECT:
+            b_weight = tl.load(proj_weight + o_d[:, None] * D + o_d[None, :]).to(tl.float32)  # [out, in]
+            b_bound = tl.sum(tl.abs(b_weight) * b_v_amax[None, :], 1)
+            b_bound += b_v_amax + tl.abs(tl.load(proj_bias + o_d).to(tl.float32))
+            tl.store(out_bound + i_bh, tl.max(b_bound, 0))
         if LINEAR:
             tl.store(phi_sum + i_bh * D + o_d, b_phi_sum / L)
     if LINEAR:
@@ -204,9 +216,15 @@ def summarize(
     *,
     block_k: int,
     linear: bool,
-    proj_weight_DD: torch.Tensor | None = None,
+    proj_l: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Summary:
-    """Run both kernels over keys and values of equal shape; `linear` asks for phi_sum and kv."""
+    """Run both kernels over keys and values of equal shape.
+
+    Args:
+        linear: asks for phi_sum and kv.
+        proj_l: its weight [D, D], contiguous, and bias [D]: with `linear`, asks for kv with the weight folded in and
+            for out_bound.
+    """
     B, L, H, D = k_BLHD.shape
     device = k_BLHD.device
     num_chunks, num_k_blocks = triton.cdiv(L, CHUNK), triton.cdiv(L, block_k)
@@ -219,6 +237,7 @@ def summarize(
     v_scale = torch.empty_like(k_mean)
     phi_sum = torch.empty_like(k_mean) if linear else None
     kv = torch.empty(B * H, D, D, dtype=k_BLHD.dtype, device=device) if linear else None
+    out_bound = torch.empty(B * H, dtype=torch.float32, device=device) if proj_l is not None else None
     with device_of(k_BLHD):
         summarize_chunk_kernel[(num_chunks, B * H)](
             k_BLHD, v_BLHD, pooled_k, k_sums, v_amaxes, phi_sums, kv_sums, L, num_chunks, num_k_blocks,
@@ -229,9 +248,9 @@ def summarize(
         reduce_chunks_kernel[(D // _ROWS if linear else 1, B * H)](
             k_sums, v_amaxes, phi_sums, kv_sums, k_mean, v_scale,
             k_mean if phi_sum is None else phi_sum, k_mean if kv is None else kv,
-            k_mean if proj_weight_DD is None else proj_weight_DD,
+            k_mean if out_bound is None else out_bound, *((k_mean, k_mean) if proj_l is None else proj_l),
             L, num_chunks, V_MAX, V_AMAX_FLOOR,
-            D=D, ROWS=_ROWS, LINEAR=linear, PROJECT=proj_weight_DD is not None,
+            D=D, ROWS=_ROWS, LINEAR=linear, PROJECT=proj_l is not None,
             num_warps=4, num_stages=2, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
-    return Summary(k_mean, pooled_k, v_scale, phi_sum, kv)
+    return Summary(k_mean, pooled_k, v_scale, phi_sum, kv, out_bound)

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import turbo_kernels
-from turbo_kernels import providers
+from turbo_kernels import attention, providers
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8", torch.int32: "i32",
@@ -59,11 +59,11 @@ def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
     x, gate = q.flatten(2), torch.zeros(1, 2 * head_dim, dtype=dtype)
     int8_weight, scale = torch.zeros(128, 2 * head_dim, dtype=torch.int8), torch.zeros(1, head_dim // 64)
     geometry = (64, 128) if capability == 90 else (128, 64)
-    sys.modules["turbo_kernels.attention"].attention_geometry = lambda attention_type, device: (
-        geometry if attention_type == "sagesla" else (128, 64)
-    )
+    attention.attention_geometry = lambda attention_type, device: geometry if attention_type == "sagesla" else (128, 64)
     for attention_type in ("sla", "sagesla"):
         turbo_kernels.sla_attention(q, k, v, weight, bias, attention_type=attention_type, topk=0.5, provider="triton")
+    if fp8:
+        attention.sagesla_attention_fp8(q, k, v, weight, bias, topk=0.5, provider="triton")
     turbo_kernels.block_map(q, k, block_q=128, block_k=64, topk=0.5, provider="triton")
     turbo_kernels.linear_attention(q, k, v, provider="triton")
     turbo_kernels.layer_norm_modulate(

@@ -18,6 +18,8 @@ from turbo_backend.config import DiTConfig
 from turbo_backend.errors import InvalidArgument
 from turbo_backend.quantization import apply_linear
 from turbo_kernels import dense_attention, rms_norm_rope, sla_attention
+from turbo_kernels.attention import sagesla_attention_fp8
+from turbo_kernels.fp8_linear import Fp8Rows
 
 ATTENTION_TYPES = ("original", "sla", "sagesla")
 
@@ -197,6 +199,21 @@ class SelfAttention(_Attention):
             attention_type=attention.attention_type,
             topk=attention.sla_topk,
             provider=attention.provider,
+        )
+
+    def attends_fp8(self, attention: AttentionSettings) -> bool:
+        """Whether `attend_fp8` is there for these settings: `sagesla` by our kernels."""
+        has_proj_l = self.attn_op is not None
+        return has_proj_l and attention.attention_type == "sagesla" and attention.provider != "spargeattn"
+
+    def attend_fp8(
+        self, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor, attention: AttentionSettings
+    ) -> Fp8Rows:
+        """`attend` as e4m3 rows [B, L, M], for an output projection that multiplies them."""
+        assert self.attn_op is not None
+        proj_l = self.attn_op.local_attn.proj_l
+        return sagesla_attention_fp8(
+            q_BLHD, k_BLHD, v_BLHD, proj_l.weight, proj_l.bias, topk=attention.sla_topk, provider=attention.provider
         )
 
 

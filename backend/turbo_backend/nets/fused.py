@@ -2,7 +2,8 @@
 
     norm, modulation and 8-bit rounding ride on the addition of the branch before     (`residual_norm`)
     q, k, v              one product; norm and rotation of q and k in one kernel       (`qk_norm_rope`)
-    cross-attention      norm of q, softmax and 8-bit rounding in one kernel           (`text_attention`)
+    self-attention       both branches and, as `sagesla`, 8-bit rounding in one kernel (`sagesla_attention_fp8`)
+    cross-attention      softmax and 8-bit rounding in one kernel                      (`text_attention`)
     GELU                 in the epilogue of its product, its 8-bit rounding too where cuBLASLt offers that
                          (`fp8_gelu_linear`), else together with that rounding         (`quantize_fp8_rows`)
 
@@ -135,7 +136,11 @@ def _attend_to_video(
     q_BLHD, k_BLHD = qk_norm_rope(
         q, k, attn.norm_q.weight, attn.norm_k.weight, rope, num_heads=attn.num_heads, eps=attn.eps, provider=provider
     )
-    out_BLM = attn.attend(q_BLHD, k_BLHD, v_BLHD, attention).flatten(-2)
+    out_BLM: Activations
+    if isinstance(attn.o, Fp8Linear) and attn.attends_fp8(attention):
+        out_BLM = attn.attend_fp8(q_BLHD, k_BLHD, v_BLHD, attention)
+    else:
+        out_BLM = attn.attend(q_BLHD, k_BLHD, v_BLHD, attention).flatten(-2)
     return LinearWeights.of(attn.o).multiply(out_BLM, provider=provider)
 
 
