@@ -21,6 +21,8 @@ _log = logging.getLogger(__name__)
 _OUT_OF_MEMORY = re.compile("can't allocate memory|bad_alloc|could not create a (memory object|primitive)$")
 #: What the reference provider takes however short the video is: buffers of the matrix library.
 _REFERENCE_FIXED_BYTES = 16 << 20
+#: Of each GPU, as `plan_with_gpu_memory` was told; 0 for all.
+_gpu_capacity = 0
 
 
 def denoiser_bytes(
@@ -87,10 +89,23 @@ def text_encoder_bytes(config: TextEncoderConfig, num_tokens: int, dtype: torch.
     return scores + num_tokens * (4 * config.dim_ffn + 8 * config.dim) * dtype.itemsize
 
 
+def plan_with_gpu_memory(capacity: int) -> None:
+    """Has this process take every GPU for one of so many bytes, in use by whom it may be; 0 for what it is."""
+    global _gpu_capacity
+    _gpu_capacity = capacity
+
+
+def gpu_memory(device: torch.device) -> tuple[int, int]:
+    """Free bytes and all bytes of a GPU, of those that are planned with."""
+    free, total = torch.cuda.mem_get_info(device)
+    capacity = min(_gpu_capacity or total, total)
+    return max(0, free - (total - capacity)), capacity
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that a new allocation can have: free on the GPU plus what PyTorch's cache holds unused, or free RAM."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free, _ = gpu_memory(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -114,7 +129,7 @@ def release_workspace(device: torch.device, *, room: int) -> None:
         device: a GPU whose cache it is; on a CPU nothing is done.
         room: bytes that shall be free for others, the cache not counted.
     """
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < room:
+    if device.type == "cuda" and gpu_memory(device)[0] < room:
         torch.cuda.empty_cache()
 
 

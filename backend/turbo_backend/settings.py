@@ -88,6 +88,12 @@ class Settings(BaseModel):
         description="Run the text encoder in 8 bits (e4m3) and keep its token table in the host's memory: 5 GB in "
         "place of 11 on a GPU that multiplies e4m3.",
     )
+    gpu_memory_gib: float = Field(
+        0.0,
+        ge=0.0,
+        description="GiB of each GPU that are planned with, whoever holds them; 0 plans with all there are. What would "
+        "go beyond is refused, swapped or given back early, but nothing forbids it.",
+    )
     num_threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of each model process; 0 takes the processors it may use."
     )
@@ -251,6 +257,11 @@ class Settings(BaseModel):
     def served_model(self) -> ModelConfig:
         """The first of them: the only one in a process that runs a denoiser."""
         return self.served_models[0]
+
+    @property
+    def gpu_memory(self) -> int:
+        """Bytes of each GPU that are planned with; 0 for all."""
+        return int(self.gpu_memory_gib * 2**30)
 
     @property
     def device(self) -> torch.device:

@@ -81,34 +81,52 @@ def fold_statistics(vae: WanVAE, mean_C: Tensor, std_C: Tensor) -> None:
 
 def _convolve(conv: Convolution, x_BThwC: Tensor, *, stride: int = 1) -> Tensor:
     """A convolution of kernel [(kt,) kh, kw] that sees kt - 1 earlier frames, zeros before the first."""
-    weight = conv.weight if conv.weight.dim() == 5 else conv.weight.unsqueeze(2)
-    num_times = weight.shape[2]
-    x = F.pad(x_BThwC, (0, 0, 0, 0, 0, 0, num_times - 1, 0)) if num_times > 1 else x_BThwC
-    return _convolve_times(x, weight, conv, stride=stride)
+    weight: Tensor = conv.weight
+    if weight.dim() == 5:
+        x_BThwC, weight = _see_earlier(x_BThwC, weight.shape[2] - 1), _flatten_times(weight)
+    return _convolve_frames(x_BThwC, weight, conv, stride=stride)
 
 
-def _convolve_times(
-    x_BThwC: Tensor, weight_OCtkl: Tensor, conv: Convolution, *, stride: int = 1, time_stride: int = 1
-) -> Tensor:
-    """Over frames that are padded in time already.
+def _see_earlier(x_BThwC: Tensor, earlier: int) -> Tensor:
+    """`_side_by_side`, in one pass over memory on a GPU."""
+    if not earlier:
+        return x_BThwC
+    if not x_BThwC.is_cuda:
+        return _side_by_side(x_BThwC, earlier)
+    for dim in range(4):
+        torch._dynamo.maybe_mark_dynamic(x_BThwC, dim)
+    return _compiled_side_by_side()(x_BThwC, earlier)
 
-    A GPU's kernels want channels in multiples of eight: others are filled up.
-    """
-    B, num_frames = x_BThwC.shape[:2]
-    num_out, num_in, num_times = weight_OCtkl.shape[:3]
-    num_frames = 1 + (num_frames - num_times) // time_stride
-    seen = [x_BThwC[:, i : i + time_stride * (num_frames - 1) + 1 : time_stride] for i in range(num_times)]
-    x = (torch.cat(seen, dim=-1) if num_times > 1 else seen[0]).flatten(0, 1)
-    weight = weight_OCtkl.transpose(1, 2).flatten(1, 2)
+
+def _side_by_side(x_BThwC: Tensor, earlier: int) -> Tensor:
+    """Each frame behind so many earlier ones, zeros before the first: [B, T, h, w, (earlier + 1) C]."""
+    num_frames = x_BThwC.shape[1]
+    padded = F.pad(x_BThwC, (0, 0, 0, 0, 0, 0, earlier, 0))
+    return torch.cat([padded[:, i : i + num_frames] for i in range(earlier + 1)], dim=-1)
+
+
+@lru_cache(maxsize=1)
+def _compiled_side_by_side() -> Callable[[Tensor, int], Tensor]:
+    return compile_often(_side_by_side)
+
+
+def _flatten_times(weight_OCtkl: Tensor) -> Tensor:
+    return weight_OCtkl.transpose(1, 2).flatten(1, 2)
+
+
+def _convolve_frames(x_BThwC: Tensor, weight: Tensor, conv: Convolution, *, stride: int = 1) -> Tensor:
+    """Of each frame alone. A GPU's kernels want channels in multiples of eight: others are filled up."""
+    x = x_BThwC.flatten(0, 1)
     bias: Tensor = conv.bias
-    missing_out, missing_in = -num_out % 8, -(num_in * num_times) % 8
+    num_out, num_in = weight.shape[:2]
+    missing_out, missing_in = -num_out % 8, -num_in % 8
     if x.is_cuda and (missing_out or missing_in):
         weight = F.pad(weight, (0, 0, 0, 0, 0, missing_in, 0, missing_out))
         x, bias = F.pad(x, (0, missing_in)), F.pad(bias, (0, missing_out))
     weight = weight.contiguous(memory_format=torch.channels_last)
     padding = (0, 0) if stride > 1 else conv.padding
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=stride, padding=padding)
-    return y.permute(0, 2, 3, 1).unflatten(0, (B, num_frames))[..., :num_out]
+    return y.permute(0, 2, 3, 1).unflatten(0, x_BThwC.shape[:2])[..., :num_out]
 
 
 def _norm(gamma: Tensor, x_NC: Tensor) -> Tensor:
@@ -185,5 +203,6 @@ def _downsample(layer: Downsample, x_BThwC: Tensor) -> Tensor:
     conv = layer.time_conv
     if conv is None or x.shape[1] == 1:
         return x
-    later = _convolve_times(x, conv.weight, conv, time_stride=2)
-    return torch.cat((x[:, :1], later), dim=1)
+    # Windows of three frames, two apart.
+    seen = torch.cat((x[:, :-2:2], x[:, 1:-1:2], x[:, 2::2]), dim=-1)
+    return torch.cat((x[:, :1], _convolve_frames(seen, _flatten_times(conv.weight), conv)), dim=1)

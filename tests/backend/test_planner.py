@@ -8,7 +8,7 @@ import torch
 from turbo_backend.checkpoints import DenoiserLayout
 from turbo_backend.config import MODELS
 from turbo_backend.errors import ResourceExhausted
-from turbo_backend.memory import denoiser_bytes, release_workspace
+from turbo_backend.memory import denoiser_bytes, gpu_memory, plan_with_gpu_memory, release_workspace
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.parameters import GenerationParameters, make_parameters
 from turbo_backend.planner import (
@@ -73,6 +73,18 @@ def test_workspace_goes_back_only_where_others_have_no_room() -> None:
     assert torch.cuda.memory_reserved(device) == held
     release_workspace(device, room=2 * torch.cuda.mem_get_info(device)[1])
     assert torch.cuda.memory_reserved(device) <= held - GIB
+
+
+def test_a_gpu_is_planned_with_as_far_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 80 GiB with 50 free, 30 are held by somebody."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (50 * GIB, 80 * GIB))
+    try:
+        for told, found in ((0, (50, 80)), (40, (10, 40)), (24, (0, 24)), (100, (50, 80))):
+            plan_with_gpu_memory(told * GIB)
+            assert gpu_memory(device) == (found[0] * GIB, found[1] * GIB)
+    finally:
+        plan_with_gpu_memory(0)
 
 
 def test_stages_of_a_plan() -> None:

@@ -40,6 +40,7 @@ def test_settings_survive_the_environment(tmp_path: Path) -> None:
         "TURBO_DTYPE": "float16",
         "TURBO_TEXT_ENCODER_DEVICE": "cpu",
         "TURBO_QUANT_TEXT_ENCODER": "true",
+        "TURBO_GPU_MEMORY_GIB": "40.5",
         "TURBO_NUM_THREADS": "3",
         "TURBO_TEXT_CACHE_ENTRIES": "0",
         "TURBO_IMAGE_CACHE_ENTRIES": "3",
@@ -57,6 +58,7 @@ def test_settings_survive_the_environment(tmp_path: Path) -> None:
     settings = Settings.from_environment(environment)
     assert settings.dit_checkpoint == (high, low)
     assert settings.to_environment() == environment
+    assert settings.gpu_memory == 81 * 2**29
     assert sorted(environment) == sorted(variable.name for variable in list_variables())
 
 

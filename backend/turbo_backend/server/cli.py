@@ -155,7 +155,7 @@ def _choose_automatically(given: dict[str, str]) -> dict[str, str]:
     Raises:
         TurboError: options or variables choose already, there is no GPU, or nothing fits.
     """
-    from turbo_backend.memory import free_bytes
+    from turbo_backend.memory import free_bytes, plan_with_gpu_memory
     from turbo_backend.planner import choose_configuration
 
     chosen_already = [
@@ -165,8 +165,10 @@ def _choose_automatically(given: dict[str, str]) -> dict[str, str]:
     ]
     if chosen_already:
         raise Misconfigured(f"--auto chooses what {', '.join(chosen_already)} says already: leave one of them out")
-    kept = {name: value for name, value in os.environ.items() if name == "TURBO_DEVICE"}
-    device = Settings.from_environment({**kept, **{k: v for k, v in given.items() if k == "TURBO_DEVICE"}}).device
+    of_the_gpu = ("TURBO_DEVICE", "TURBO_GPU_MEMORY_GIB")
+    settings = Settings.from_environment({k: v for k, v in {**os.environ, **given}.items() if k in of_the_gpu})
+    plan_with_gpu_memory(settings.gpu_memory)
+    device = settings.device
     if device.type != "cuda":
         raise Misconfigured("--auto needs a CUDA GPU: without one the tiny models are what can be served")
     free = free_bytes(device)

@@ -26,7 +26,7 @@ from turbo_backend.checkpoints import (
 )
 from turbo_backend.errors import Misconfigured, TurboError
 from turbo_backend.manifest import device_name, versions
-from turbo_backend.memory import free_bytes, settle_gpu
+from turbo_backend.memory import free_bytes, plan_with_gpu_memory, settle_gpu
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.parameters import make_parameters
@@ -253,6 +253,7 @@ def _room(settings: Settings) -> int:
 
 def _prepare_process(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
+    plan_with_gpu_memory(settings.gpu_memory)
     if settings.device.type == "cuda":
         torch.cuda.set_device(settings.device)
 

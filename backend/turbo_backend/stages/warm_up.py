@@ -13,7 +13,7 @@ import torch
 
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import TurboError
-from turbo_backend.memory import decoder_bytes, denoiser_bytes, encoder_bytes, free_bytes
+from turbo_backend.memory import decoder_bytes, denoiser_bytes, encoder_bytes, free_bytes, gpu_memory
 from turbo_backend.nets.attention import AttentionSettings, offered_types
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.vae import WanVAE
@@ -78,7 +78,7 @@ def _fitting_gpu(
     device = settings.device
     if device.type != "cuda":
         return iter(())
-    _, capacity = torch.cuda.mem_get_info(device)
+    _, capacity = gpu_memory(device)
     return fitting(presets, settings, capacity=capacity, needed=needed, free=lambda: free_bytes(device))
 
 
