@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 
-from processes import find_leftovers, find_processes
+from processes import find_leftovers, find_parent, find_processes
 
 from turbo_backend.server.process import TritonServer
 from turbo_backend.settings import list_variables
@@ -70,13 +70,10 @@ class JobServer:
 
     @property
     def processes(self) -> dict[str, int]:
-        """Ids of its living processes, by model; the supervisor is the one that Triton's own process hangs on."""
-        pid = self.server.pid
-        found = find_processes(pid)
-        if found:
-            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-            found["supervisor"] = int(stat.rpartition(")")[2].split()[1])
-        return found
+        """Ids of its living processes, by model, and of the supervisor, whose child tritonserver is."""
+        found = find_processes(self.server.pid)
+        parent = find_parent(found["tritonserver"]) if found else None
+        return found if parent is None else {**found, "supervisor": parent}
 
     def wait_whole(self) -> None:
         """Returns when the server is ready and no process of it is missing.

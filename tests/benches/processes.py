@@ -24,6 +24,15 @@ def find_processes(server_pid: int | None) -> dict[str, int]:
     return found
 
 
+def find_parent(pid: int) -> int | None:
+    """The process that started `pid`; None once it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(stat.rpartition(")")[2].split()[1])  # the name, in parentheses, may hold anything
+
+
 def resident_mb(processes: Mapping[str, int]) -> dict[str, float]:
     """Resident memory of each in MB (2**20 bytes)."""
     found = {}
