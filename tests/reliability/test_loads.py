@@ -7,7 +7,7 @@ from job_server import PROCESSES, JobServer
 from loads import SHAPES, MixedLoad, cancel_jobs, send_drafts
 from processes import resident_mb
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.reliability]
 
 
 @pytest.mark.timeout(1200)
