@@ -1,9 +1,9 @@
 """What serving takes of a GPU's memory, predicted before anything is loaded; and what to serve on how much of it.
 
-Every model of the server is a process with a CUDA context, weights and a memory cache of its own. What it takes besides
-its weights it gives back after each request, so that of the workspaces those add up whose stages work at one time: for
-requests that come one at a time, or overlap in two stages, the two largest. The figures are estimates from shapes, held
-against measured peaks (`memory` has the workspaces).
+Every model of the server is a process with a CUDA context, weights and a memory cache of its own. Where the GPU has not
+room for all of them at once, it gives back after each request what it takes besides its weights, so that of the
+workspaces those add up whose stages work at one time: for requests that come one at a time, or overlap in two stages,
+the two largest. The figures are estimates from shapes, held against measured peaks (`memory` has the workspaces).
 """
 
 from __future__ import annotations
@@ -93,6 +93,18 @@ def total_bytes(stages: Mapping[str, StageMemory]) -> int:
     """What a server of these stages takes of one GPU when two of them work at once."""
     held = SERVER_BYTES + sum(stage.weights + CONTEXT_BYTES for stage in stages.values())
     return held + sum(sorted(stage.workspace for stage in stages.values())[-2:])
+
+
+def whole_bytes(stages: Mapping[str, StageMemory]) -> int:
+    """What a server of these stages takes of one GPU when all of them work at once."""
+    return SERVER_BYTES + sum(stage.peak for stage in stages.values())
+
+
+def workspace_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
+    """What all stages of a model take of a GPU besides weights, at its largest preset and default length."""
+    presets = (make_parameters(model, {"RESOLUTION": resolution}, seed=1) for resolution in model.resolutions)
+    plans = (plan_memory(model, parameters, dtype=dtype, quant_linear=False) for parameters in presets)
+    return max(sum(stage.workspace for stage in plan.values()) for plan in plans)
 
 
 def weight_bytes(specs: Specs, dtype: torch.dtype, *, keep_fp32: tuple[str, ...] = ()) -> int:

@@ -6,6 +6,7 @@ its classes are there once the model is loaded, not yet while this module is imp
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from turbo_backend.errors import InvalidArgument, TurboError, error_to_report
 from turbo_backend.parameters import IMAGE_FIELDS, TEXT_FIELDS
 from turbo_backend.settings import PREFIX, Settings
+from turbo_backend.start_failures import tell_failure
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,20 @@ _log = logging.getLogger(__name__)
 #: last to let go of one, and in 2.51 it then frees its arrays without holding the interpreter's lock, which corrupts
 #: memory. It delivers one after another: once the next call has ended, that response is long the caller's alone.
 _calls = threading.local()
+
+
+def tells_failure(initialize: Callable[[Any, Mapping[str, str]], None]) -> Callable[[Any, Mapping[str, str]], None]:
+    """A `TritonPythonModel.initialize` that also tells the launcher why it fails."""
+
+    @functools.wraps(initialize)
+    def call(model: Any, args: Mapping[str, str]) -> None:
+        try:
+            initialize(model, args)
+        except Exception as error:
+            tell_failure(args["model_name"], error)
+            raise
+
+    return call
 
 
 def read_settings(args: Mapping[str, str]) -> Settings:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbo_backend.nets.attention import CrossAttention, SelfAttention
-from turbo_backend.nets.dit import Block, WanDiT, patchify, sinusoidal_embedding, unpatchify
+from turbo_backend.nets.block import Block
+from turbo_backend.nets.dit import WanDiT, patchify, sinusoidal_embedding, unpatchify
 from turbo_backend.nets.rope import rope_table
 from turbo_training.attention_forward import (
     DENSE,

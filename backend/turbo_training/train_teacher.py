@@ -24,19 +24,21 @@ class TeacherStage(Stage):
     def __init__(self, shape: RunShape, bank: LatentBank, *, seed: int, device: torch.device) -> None:
         super().__init__(seed=seed, device=device)
         self.shape, self.bank = shape, bank
-        self.net = WanDiT(shape.model.dit).to(device).requires_grad_(True)
+        self.net = WanDiT(shape.model.dit).to(device)
         initialize_denoiser(self.net)
         self.average = WanDiT(shape.model.dit).to(device)
         self.modules = {"net": self.net, "ema": self.average}
         # proj_l takes no part in dense attention: the sparse stage begins with it.
-        self._trained = [parameter for name, parameter in self.net.named_parameters() if "proj_l" not in name]
-        self.optimizer = self.make_optimizer(self._trained, betas=(0.9, 0.98), weight_decay=0.01)
-        self.optimizers = {"net": self.optimizer}
+        for name, parameter in self.net.named_parameters():
+            parameter.requires_grad_("proj_l" not in name)
+        self._trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        self.optimizers = self.make_optimizers(self.net, _is_inner, betas=(0.9, 0.98), weight_decay=0.01)
         self._velocity = velocity_of(self.net, compiled=self.is_on_gpu)
         self._ema = EMA(self.net, self.average, decay=0.9995)
 
     def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
-        set_learning_rate(self.optimizer, self.shape.teacher.learning_rate, index, progress, warmup=300)
+        for optimizer in self.optimizers.values():
+            set_learning_rate(optimizer, self.shape.teacher.learning_rate, index, progress, warmup=300)
         losses = self.recorded.run("teacher", self._update)
         self._ema.update(index)
         return losses
@@ -47,11 +49,17 @@ class TeacherStage(Stage):
         with self.precision():
             v = self._velocity(torch.lerp(x0, noise, expand(t)), t, condition)
         loss = F.mse_loss(v, noise - x0)
-        self.optimizer.zero_grad()
+        self.net.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
         return {"loss": loss, "gradient": norm}
+
+
+def _is_inner(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices of the blocks."""
+    return name.startswith("blocks.") and name.endswith(".weight") and parameter.dim() == 2
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from turbo_training.compiling import RecordedSteps
+from turbo_training.muon import Muon
 
 _FETCHED_TOGETHER = 25
 
@@ -83,6 +84,25 @@ class Stage(ABC):
             fused=self.is_on_gpu,
             capturable=self.is_on_gpu,
         )
+
+    def make_optimizers(
+        self,
+        network: nn.Module,
+        is_inner: Callable[[str, nn.Parameter], bool],
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ) -> dict[str, torch.optim.Optimizer]:
+        """Muon for the weights that `is_inner` says lie inside, AdamW for all others that are trained."""
+        inner: list[nn.Parameter] = []
+        outer: list[nn.Parameter] = []
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:
+                (inner if is_inner(name, parameter) else outer).append(parameter)
+        return {
+            "inner": Muon(inner, lr=torch.zeros((), device=self.device), weight_decay=weight_decay),
+            "outer": self.make_optimizer(outer, betas=betas, weight_decay=weight_decay),
+        }
 
 
 class EMA:

@@ -3,8 +3,10 @@
 `turbo_backend.nets.vae.WanVAE` streams one sample chunk by chunk without gradients. Its causal convolutions see no
 future, so running them over the whole clip gives the same numbers; a test holds both together.
 
-Shapes: B batch, C channels, T or F frames, h, w and H, W heights and widths, channels first. In memory channels lie
-last, which convolutions of few channels are fastest with.
+Inside, channels lie last and a convolution in time becomes one of each frame alone, with the frames that it sees side
+by side as channels: cuDNN has fast kernels in both directions for these, and not for few channels in three dimensions.
+
+Shapes: B batch, C channels, T or F frames, h, w and H, W heights and widths.
 """
 
 from __future__ import annotations
@@ -27,21 +29,21 @@ from turbo_training.compiling import compile_often
 
 def encode_moments(vae: WanVAE, video_BCFHW: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-variance [B, z_dim, T, h, w] of the latents, not normalised; F = 4k + 1."""
-    x = _causal(vae.encoder.conv1, video_BCFHW.contiguous(memory_format=torch.channels_last_3d))
+    x = _convolve(vae.encoder.conv1, video_BCFHW.permute(0, 2, 3, 4, 1))
     for layer in vae.encoder.downsamples:
         x = _downsample(layer, x) if isinstance(layer, Downsample) else _residual(layer, x)
     x = _head(vae.encoder.head, _middle(vae.encoder.middle, x))
-    mean, log_variance = _frames(vae.conv1, x).chunk(2, dim=1)
+    mean, log_variance = _convolve(vae.conv1, x).permute(0, 4, 1, 2, 3).chunk(2, dim=1)
     return mean.float(), log_variance.float().clamp(-20, 10)
 
 
 def decode_latents(vae: WanVAE, z_BCThw: Tensor) -> Tensor:
     """Latents that are not normalised to frames [B, 3, F, H, W]."""
-    z_BCThw = z_BCThw.contiguous(memory_format=torch.channels_last_3d)
-    x = _middle(vae.decoder.middle, _causal(vae.decoder.conv1, _frames(vae.conv2, z_BCThw)))
+    x = _convolve(vae.decoder.conv1, _convolve(vae.conv2, z_BCThw.permute(0, 2, 3, 4, 1)))
+    x = _middle(vae.decoder.middle, x)
     for layer in vae.decoder.upsamples:
         x = _upsample(layer, x) if isinstance(layer, Upsample) else _residual(layer, x)
-    return _head(vae.decoder.head, x).float()
+    return _head(vae.decoder.head, x).permute(0, 4, 1, 2, 3).float()
 
 
 def normalize_latents(vae: WanVAE, mean_BCThw: Tensor) -> Tensor:
@@ -77,25 +79,36 @@ def fold_statistics(vae: WanVAE, mean_C: Tensor, std_C: Tensor) -> None:
     vae.conv2.weight.div_(factor.view(1, -1, 1, 1, 1))
 
 
-def _frames(conv: Convolution, x: Tensor) -> Tensor:
-    """A convolution of each frame alone; kernel [.., kh, kw] or [.., 1, kh, kw]."""
+def _convolve(conv: Convolution, x_BThwC: Tensor, *, stride: int = 1) -> Tensor:
+    """A convolution of kernel [(kt,) kh, kw] that sees kt - 1 earlier frames, zeros before the first."""
     weight = conv.weight if conv.weight.dim() == 5 else conv.weight.unsqueeze(2)
-    return _convolve(x, weight, conv)
+    num_times = weight.shape[2]
+    x = F.pad(x_BThwC, (0, 0, 0, 0, 0, 0, num_times - 1, 0)) if num_times > 1 else x_BThwC
+    return _convolve_times(x, weight, conv, stride=stride)
 
 
-def _causal(conv: Convolution, x: Tensor) -> Tensor:
-    return _convolve(F.pad(x, (0, 0, 0, 0, conv.weight.shape[2] - 1, 0)), conv.weight, conv)
+def _convolve_times(
+    x_BThwC: Tensor, weight_OCtkl: Tensor, conv: Convolution, *, stride: int = 1, time_stride: int = 1
+) -> Tensor:
+    """Over frames that are padded in time already.
 
-
-def _convolve(x: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
-    """Over frames padded in time already. A GPU's kernels want channels in multiples of eight: others are filled up."""
-    num_out, num_in = weight.shape[:2]
-    missing_out, missing_in = -num_out % 8, -num_in % 8
+    A GPU's kernels want channels in multiples of eight: others are filled up.
+    """
+    B, num_frames = x_BThwC.shape[:2]
+    num_out, num_in, num_times = weight_OCtkl.shape[:3]
+    num_frames = 1 + (num_frames - num_times) // time_stride
+    seen = [x_BThwC[:, i : i + time_stride * (num_frames - 1) + 1 : time_stride] for i in range(num_times)]
+    x = (torch.cat(seen, dim=-1) if num_times > 1 else seen[0]).flatten(0, 1)
+    weight = weight_OCtkl.transpose(1, 2).flatten(1, 2)
     bias: Tensor = conv.bias
+    missing_out, missing_in = -num_out % 8, -(num_in * num_times) % 8
     if x.is_cuda and (missing_out or missing_in):
-        weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing_in, 0, missing_out))
-        x, bias = F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing_in)), F.pad(bias, (0, missing_out))
-    return F.conv3d(x, weight, bias, padding=(0, *conv.padding))[:, :num_out]
+        weight = F.pad(weight, (0, 0, 0, 0, 0, missing_in, 0, missing_out))
+        x, bias = F.pad(x, (0, missing_in)), F.pad(bias, (0, missing_out))
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    padding = (0, 0) if stride > 1 else conv.padding
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=stride, padding=padding)
+    return y.permute(0, 2, 3, 1).unflatten(0, (B, num_frames))[..., :num_out]
 
 
 def _norm(gamma: Tensor, x_NC: Tensor) -> Tensor:
@@ -113,67 +126,64 @@ def _compiled_norm_silu() -> Callable[[Tensor, Tensor], Tensor]:
     return compile_often(_norm_silu)
 
 
-def _by_place(function: Callable[[Tensor, Tensor], Tensor], norm: nn.Module, x: Tensor) -> Tensor:
-    """The function of all places' channels [N, C]; a view, since channels lie last."""
+def _by_place(function: Callable[[Tensor, Tensor], Tensor], norm: nn.Module, x_BThwC: Tensor) -> Tensor:
+    """The function of all places' channels [N, C]."""
     assert isinstance(norm, RMSNorm)
-    B, C, T, h, w = x.shape
-    rows = x.permute(0, 2, 3, 4, 1).reshape(-1, C)
-    if x.is_cuda:
+    rows = x_BThwC.reshape(-1, x_BThwC.shape[-1])
+    if x_BThwC.is_cuda:
         torch._dynamo.maybe_mark_dynamic(rows, 0)
-    return function(norm.gamma, rows).view(B, T, h, w, C).permute(0, 4, 1, 2, 3)
+    return function(norm.gamma, rows).view(x_BThwC.shape)
 
 
-def _activate(norm: nn.Module, x: Tensor) -> Tensor:
+def _activate(norm: nn.Module, x_BThwC: Tensor) -> Tensor:
     """silu(norm(x)); one pass over memory on a GPU, where it would otherwise take most of the time."""
-    return _by_place(_compiled_norm_silu() if x.is_cuda else _norm_silu, norm, x)
+    return _by_place(_compiled_norm_silu() if x_BThwC.is_cuda else _norm_silu, norm, x_BThwC)
 
 
-def _residual(block: nn.Module, x: Tensor) -> Tensor:
+def _residual(block: nn.Module, x_BThwC: Tensor) -> Tensor:
     assert isinstance(block, ResidualBlock)
     layers = block.residual
-    y = _causal(layers["2"], _activate(layers["0"], x))  # type: ignore[arg-type]
-    y = _causal(layers["6"], _activate(layers["3"], y))  # type: ignore[arg-type]
-    return y + (x if block.shortcut is None else _frames(block.shortcut, x))
+    y = _convolve(layers["2"], _activate(layers["0"], x_BThwC))  # type: ignore[arg-type]
+    y = _convolve(layers["6"], _activate(layers["3"], y))  # type: ignore[arg-type]
+    return y + (x_BThwC if block.shortcut is None else _convolve(block.shortcut, x_BThwC))
 
 
-def _middle(blocks: MiddleBlocks, x: Tensor) -> Tensor:
+def _middle(blocks: MiddleBlocks, x_BThwC: Tensor) -> Tensor:
     before, attention, after = blocks
-    return _residual(after, _attention(attention, _residual(before, x)))
+    return _residual(after, _attention(attention, _residual(before, x_BThwC)))
 
 
-def _attention(block: nn.Module, x: Tensor) -> Tensor:
+def _attention(block: nn.Module, x_BThwC: Tensor) -> Tensor:
     assert isinstance(block, FrameAttention)
-    B, C, T, h, w = x.shape
-    qkv = _frames(block.to_qkv, _by_place(_norm, block.norm, x)).permute(0, 2, 3, 4, 1).reshape(B * T, 1, h * w, 3 * C)
+    B, T, h, w, C = x_BThwC.shape
+    qkv = _convolve(block.to_qkv, _by_place(_norm, block.norm, x_BThwC)).reshape(B * T, 1, h * w, 3 * C)
     q, k, v = qkv.chunk(3, dim=-1)
     attended = F.scaled_dot_product_attention(q, k, v)
-    return x + _frames(block.proj, attended.view(B, T, h, w, C).permute(0, 4, 1, 2, 3))
+    return x_BThwC + _convolve(block.proj, attended.view(B, T, h, w, C))
 
 
-def _head(head: Head, x: Tensor) -> Tensor:
-    return _causal(head["2"], _activate(head["0"], x))  # type: ignore[arg-type]
+def _head(head: Head, x_BThwC: Tensor) -> Tensor:
+    return _convolve(head["2"], _activate(head["0"], x_BThwC))  # type: ignore[arg-type]
 
 
-def _upsample(layer: Upsample, x: Tensor) -> Tensor:
+def _upsample(layer: Upsample, x_BThwC: Tensor) -> Tensor:
+    x = x_BThwC
     if layer.time_conv is not None:
-        first, later = x[:, :, :1], x[:, :, 1:]
-        if later.shape[2]:
+        first, later = x[:, :1], x[:, 1:]
+        if later.shape[1]:
             # The first C channels are the earlier of two frames; the first latent is no part of the past.
-            pair = _causal(layer.time_conv, later).permute(0, 2, 3, 4, 1).unflatten(-1, (2, -1))
-            later = pair.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)
-        x = torch.cat((first, later), dim=2)
-    B, C, T, h, w = x.shape
-    doubled = x.permute(0, 2, 3, 4, 1)[:, :, :, None, :, None].expand(B, T, h, 2, w, 2, C)
-    x = doubled.reshape(B, T, 2 * h, 2 * w, C).permute(0, 4, 1, 2, 3)
-    return _frames(layer.resample["1"], x)  # type: ignore[arg-type]
+            pair = _convolve(layer.time_conv, later).unflatten(-1, (2, -1))
+            later = pair.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
+        x = torch.cat((first, later), dim=1)
+    B, T, h, w, C = x.shape
+    doubled = x[:, :, :, None, :, None].expand(B, T, h, 2, w, 2, C).reshape(B, T, 2 * h, 2 * w, C)
+    return _convolve(layer.resample["1"], doubled)  # type: ignore[arg-type]
 
 
-def _downsample(layer: Downsample, x: Tensor) -> Tensor:
-    conv = layer.resample["1"]
-    assert isinstance(conv, Convolution)
-    padded = F.pad(x, (0, 1, 0, 1))
-    x = F.conv3d(padded, conv.weight.unsqueeze(2), conv.bias, stride=(1, 2, 2))
-    if layer.time_conv is None or x.shape[2] == 1:
+def _downsample(layer: Downsample, x_BThwC: Tensor) -> Tensor:
+    x = _convolve(layer.resample["1"], F.pad(x_BThwC, (0, 0, 0, 1, 0, 1)), stride=2)  # type: ignore[arg-type]
+    conv = layer.time_conv
+    if conv is None or x.shape[1] == 1:
         return x
-    later = F.conv3d(x, layer.time_conv.weight, layer.time_conv.bias, stride=(2, 1, 1))
-    return torch.cat((x[:, :, :1], later), dim=2)
+    later = _convolve_times(x, conv.weight, conv, time_stride=2)
+    return torch.cat((x[:, :1], later), dim=1)

@@ -107,14 +107,20 @@ def result(
 def cancel(job_id: _JobId, connection: ConnectionOptions, json: _Json = False) -> None:
     """Cancel a job: a queued one at once, a running one within its next step."""
     with connection.client() as client:
-        _print(client.jobs.cancel(job_id), as_json=json)
+        job = client.jobs.cancel(job_id)
+    if job.has_ended and job.state != "cancelled":
+        Screen().warn(f"{job_id} is {job.state} already, there is nothing to cancel")
+    _print(job, as_json=json)
 
 
 @command(app, ConnectionOptions)
 def resume(job_id: _JobId, connection: ConnectionOptions, json: _Json = False) -> None:
     """Go on with an interrupted, failed or cancelled job after its last finished step."""
     with connection.client() as client:
-        _print(client.jobs.resume(job_id), as_json=json)
+        job = client.jobs.resume(job_id)
+    if job.state == "done":
+        Screen().warn(f"{job_id} is done already, there is nothing to resume")
+    _print(job, as_json=json)
 
 
 @command(app, ConnectionOptions)

@@ -16,6 +16,7 @@ from turbo_client._errors import (
     DeadlineExceededError,
     InvalidArgumentError,
     ManifestError,
+    NotFoundError,
     TurboDiffusionError,
     UnreachableError,
 )
@@ -81,6 +82,8 @@ def _explained(command: Callable[..., _Result]) -> Callable[..., _Result]:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, NotFoundError) and "unknown model" in error.message:
+        return f"{error}; `turbodiffusion status` lists what the server has"
     if isinstance(error, (UsageError, TurboDiffusionError, OSError)):
         return str(error)
     return f"unexpected {type(error).__name__}: {error} (a bug; TURBO_DEBUG=1 shows where)"

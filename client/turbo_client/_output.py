@@ -57,7 +57,10 @@ def save(video: Video, output: Path, *, force: bool) -> None:
     """
     if not force and os.path.lexists(output):
         raise FileExistsError(f"{output} appeared while the video was made; it was left alone, and nothing was written")
-    video.save(output)
+    try:
+        video.save(output)
+    except OSError as error:
+        raise OSError(f"{output} cannot be written: {error.strerror or error}") from error
 
 
 def result_object(video: Video, output: Path, seconds: float) -> dict[str, Any]:

@@ -73,6 +73,9 @@ class Screen:
     def warn(self, message: str) -> None:
         self.console.print(Text.assemble(("warning: ", "bold yellow"), printable(message).replace("\n", " ")))
 
+    def note(self, message: str) -> None:
+        self.console.print(Text(printable(message), style="dim"))
+
     def progress(self) -> ProgressScreen:
         return ProgressScreen(self.console, quiet=self.quiet)
 

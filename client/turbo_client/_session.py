@@ -19,6 +19,12 @@ from turbo_client._settings import TLS, RetryPolicy, Timeout
 
 #: What gRPC says before it says why.
 _GRPC_PREFACE = re.compile(r"failed to connect to all addresses; last error: [A-Z_]+: (ip\S+: )?")
+#: What gRPC says of ports that speak something else, and what that means.
+_WRONG_PORTS = (
+    ("WRONG_VERSION_NUMBER", "that port does not speak TLS"),
+    ("Socket closed", "that port does not speak gRPC (8001 does by default), or expects TLS"),
+    ("Failed parsing HTTP/2", "that port does not speak gRPC (8001 does by default)"),
+)
 
 _P = ParamSpec("_P")
 _Self = TypeVar("_Self")
@@ -126,6 +132,7 @@ class Session:
 
     def _unreachable(self, error: UnavailableError) -> UnreachableError:
         reason = _GRPC_PREFACE.sub("", error.message)
+        reason = next((meaning for said, meaning in _WRONG_PORTS if said in reason), reason)
         return UnreachableError(f"cannot reach {self.url}: {reason}", request_id=error.request_id)
 
     def _never_ready(self, timeout: float, reason: str) -> DeadlineExceededError:

@@ -158,6 +158,8 @@ def cancel(
     """Cancel a running generation of any client by its request id (a job: `jobs cancel`)."""
     with connection.client() as client:
         client.cancel(request_id)
+    # Nobody knows of a request before its first step, nor of one that has ended.
+    Screen().note(f"a generation named {request_id} ends within its next step, if there is one")
 
 
 def _run(client: Client, request: GenerationRequest, output: Path, delivery: OutputOptions) -> Video:

@@ -181,7 +181,7 @@ def _load_filters(filters, row, i_n, C: tl.constexpr):
     return filters.load([row, i_n]), filters.load([row + 9 * C, i_n]), filters.load([row + 18 * C, i_n])
 
 
-@triton.jit(do_not_specialize=["first", "norm_first", "num_x"])
+@triton.jit(do_not_specialize=["H", "W", "first", "norm_first", "num_x"])
 @no_type_check
 def causal_conv3d_kernel(
     frames,  # descriptor [R, H, W, C] in blocks of K channels

@@ -115,7 +115,7 @@ def upsample_conv(
     return out.to(x_THWC.dtype)
 
 
-@triton.jit(do_not_specialize=["norm_first", "num_x"])
+@triton.jit(do_not_specialize=["H", "W", "norm_first", "num_x"])
 @no_type_check
 def upsample_conv_kernel(
     x,  # descriptor [T, H, W, C]

@@ -89,7 +89,6 @@ def test_cache_knows_content_size_frames_and_fit(stage: ImageEncoderStage, pictu
         assert not encode(stage, picture(64, 64), **values).cache_hit
     assert not encode(stage, picture(64, 64, seed=1)).cache_hit
     assert not encode(stage, picture(64, 64)).cache_hit, "two entries are kept, and two others came since"
-    assert (stage.num_hits, stage.num_misses) == (2, 6)
 
 
 def test_without_cache(vae: WanVAE, image_model: ModelConfig, picture: Picture) -> None:
@@ -114,7 +113,7 @@ def test_bad_requests_harm_no_neighbour(stage: ImageEncoderStage, picture: Pictu
     for outcome, (_, field) in zip(outcomes[1:-1], bad, strict=True):
         assert isinstance(outcome, InvalidArgument)
         assert outcome.field == field
-    assert stage.num_misses == 1, "nothing bad was encoded"
+    assert outcomes[-1].cache_hit, "nothing bad took the place of what was encoded first"
 
 
 def test_text_model_refuses_every_image(picture: Picture) -> None:

@@ -8,7 +8,7 @@ import torch
 from turbo_backend.checkpoints import DenoiserLayout
 from turbo_backend.config import MODELS
 from turbo_backend.errors import ResourceExhausted
-from turbo_backend.memory import denoiser_bytes
+from turbo_backend.memory import denoiser_bytes, release_workspace
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.parameters import GenerationParameters, make_parameters
 from turbo_backend.planner import (
@@ -19,6 +19,8 @@ from turbo_backend.planner import (
     nearest_fitting,
     plan_memory,
     weight_bytes,
+    whole_bytes,
+    workspace_bytes,
 )
 
 GIB = 2**30
@@ -45,6 +47,32 @@ def test_published_sizes() -> None:
         layout = DenoiserLayout(WAN.dit, quant_linear=quant_linear)
         size = weight_bytes(layout.specs, torch.bfloat16, keep_fp32=layout.keep_fp32)
         assert size / 1e9 == pytest.approx(gigabytes, rel=0.03)
+
+
+def test_room_for_the_others_is_that_of_the_largest_preset() -> None:
+    plans = [
+        plan_memory(
+            A14B, make_parameters(A14B, {"RESOLUTION": preset}, seed=1), dtype=torch.bfloat16, quant_linear=True
+        )
+        for preset in ("480p", "720p")
+    ]
+    small, large = (sum(stage.workspace for stage in plan.values()) for plan in plans)
+    assert workspace_bytes(A14B, torch.bfloat16) == large > small
+    weights = sum(stage.weights for stage in plans[1].values())
+    assert whole_bytes(plans[1]) > weights + large
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_workspace_goes_back_only_where_others_have_no_room() -> None:
+    device = torch.device("cuda", 0)
+    torch.empty(GIB, dtype=torch.uint8, device=device)
+    held = torch.cuda.memory_reserved(device)
+    assert held >= GIB
+    release_workspace(device, room=0)
+    assert torch.cuda.memory_reserved(device) == held
+    release_workspace(device, room=2 * torch.cuda.mem_get_info(device)[1])
+    assert torch.cuda.memory_reserved(device) <= held - GIB
 
 
 def test_stages_of_a_plan() -> None:

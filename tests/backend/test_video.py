@@ -61,6 +61,16 @@ def test_chunks_do_not_change_the_bytes() -> None:
     assert encode(frames, chunk=1) == encode(frames, chunk=4) == encode(frames, chunk=17)
 
 
+def test_sections_follow_each_other_and_each_begins_anew() -> None:
+    frames = make_frames(81, width=160)
+    with av.open(io.BytesIO(encode(frames, chunk=4))) as container:
+        decoded = list(container.decode(video=0))
+    assert [frame.pts * frame.time_base * 16 for frame in decoded] == list(range(81))
+    assert [index for index, frame in enumerate(decoded) if frame.key_frame] == [0, 24, 48, 72]
+    errors = [np.abs(a.astype(int) - b.to_ndarray(format="rgb24")).mean() for a, b in zip(frames, decoded, strict=True)]
+    assert max(errors) < 6
+
+
 def test_equal_frames_give_equal_bytes() -> None:
     noise = np.random.default_rng(5).integers(0, 256, (21, 192, 192, 3), dtype=np.uint8)
     assert len({encode(noise, chunk=4) for _ in range(20)}) == 1
@@ -73,10 +83,11 @@ def test_encoder_failure_is_told() -> None:
         encoder.finish()
 
 
-def test_abandoned_encoder_ends_its_thread() -> None:
-    encoder = MP4Encoder(width=64, height=48, fps=16, num_frames=2, comment="")
+def test_abandoned_encoder_ends_its_threads() -> None:
+    encoder = MP4Encoder(width=96, height=48, fps=16, num_frames=40, comment="")
+    encoder.add(to_planes(make_frames(40, width=96)))
     encoder.abandon()
-    assert not encoder._thread.is_alive()
+    assert not any(section.is_alive() for section in encoder._sections)
 
 
 def test_to_uint8_clamps_and_rounds_half_up() -> None:

@@ -11,9 +11,12 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -224,6 +227,46 @@ def test_unreachable(run: Run, nobody: str) -> None:
         assert result.returncode == 3
         assert result.stderr.startswith(f"error: cannot reach {nobody}: ".encode())
         assert result.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"])
+def test_a_port_that_speaks_something_else_is_named(run: Run, answer: bytes) -> None:
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1024)
+            self.request.sendall(answer)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = run("status", "--url", f"127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert result.returncode == 3
+    assert b"that port does not speak gRPC" in result.stderr
+
+
+def test_unknown_model_says_where_to_look(run: Run, fake: FakeTriton) -> None:
+    fake.answer = aborting(grpc.StatusCode.UNKNOWN, "Request for unknown model: 'nope' is not found")
+    result = run("generate", "a", "--url", fake.address, "--model", "nope")
+    assert result.returncode == 1
+    assert result.stderr.endswith(b"; `turbodiffusion status` lists what the server has\n")
+
+
+def test_a_file_that_cannot_be_written_is_named(run: Run, fake: FakeTriton, tmp_path: Path) -> None:
+    """A limit on file sizes, set while the video is made, stands for a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def answer(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
+        yield from fake.succeed(request, context)
+
+    fake.answer = answer
+    try:
+        result = run("generate", "a", "--url", fake.address, "-q")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.returncode == 1
+    assert result.stderr == b"error: out.mp4 cannot be written: File too large\n"
+    assert os.listdir(tmp_path) == []
 
 
 def test_timeout(run: Run, fake: FakeTriton, tmp_path: Path) -> None:

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from typing import Any
 
 import aot_compile
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turbo_kernels import conv3d, norm_silu, upsample_conv
 
@@ -59,45 +54,8 @@ def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
     return launches
 
 
-def source_of(kernel: Any, named: dict[str, Any]) -> ASTSource:
-    """As `aot_compile.source_of`, with tensor descriptors."""
-    plain = {name: None if isinstance(value, TensorDescriptor) else value for name, value in named.items()}
-    for parameter in kernel.params:
-        if plain[parameter.name] is None:
-            plain[parameter.name] = torch.empty(0, dtype=torch.bfloat16)
-    source = aot_compile.source_of(kernel, plain)
-    for i, parameter in enumerate(kernel.params):
-        value = named[parameter.name]
-        if isinstance(value, TensorDescriptor):
-            block = ",".join(map(str, value.block_shape))
-            source.signature[parameter.name] = f"tensordesc<{aot_compile.TYPES[value.base.dtype]}[{block}]>"
-            source.attrs.pop((i,), None)
-    return ASTSource(kernel, source.signature, source.constants, source.attrs)
-
-
-def compile_all(capability: int) -> dict[str, list[dict[str, Any]]]:
-    """Compile each distinct kernel; report shared memory and the tensor-core instruction in its PTX."""
-    report: dict[str, list[dict[str, Any]]] = {}
-    seen = set()
-    for kernel, named, options in record_launches(capability):
-        source = source_of(kernel, named)
-        options = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in options}
-        key = (kernel.__name__, str(source.signature), str(source.constants), str(options))
-        if key in seen:
-            continue
-        seen.add(key)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        instructions = re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
-        report.setdefault(kernel.__name__, []).append(
-            {
-                "shared": compiled.metadata.shared,
-                "tensor_core": instructions.group(0) if instructions else None,
-                "cubin": len(compiled.asm["cubin"]),
-            }
-        )
-    return report
-
-
 if __name__ == "__main__":
+    aot_compile.record_launches = record_launches
     for argument in sys.argv[1:]:
-        print(json.dumps({"capability": int(argument), "kernels": compile_all(int(argument))}), flush=True)
+        report = {"capability": int(argument), "kernels": aot_compile.compile_all(int(argument))}
+        print(json.dumps(report), flush=True)

@@ -5,7 +5,7 @@ import torch
 
 from turbo_backend.config import MODELS, DiTConfig
 from turbo_backend.errors import InvalidArgument
-from turbo_backend.nets.attention import ATTENTION_TYPES, AttentionSettings, TextContext
+from turbo_backend.nets.attention import ATTENTION_TYPES, AttentionSettings, CrossAttention, TextContext
 from turbo_backend.nets.dit import KEEP_FP32, WanDiT, patchify, unpatchify
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.nets.rope import rope_table, split_head_dim
@@ -118,19 +118,36 @@ def test_contexts_can_be_taken_apart_and_joined(net, inputs):
 
 
 def test_rows_past_the_length_are_not_read(net, inputs):
-    _, text = inputs
+    latents, text = inputs
     spoiled = text.clone()
     spoiled[0, 7:] = torch.nan
-    for clean, other in zip(
-        net.prepare_context(text, LENGTHS).samples, net.prepare_context(spoiled, LENGTHS).samples, strict=True
-    ):
-        assert torch.equal(clean.keys, other.keys)
-        assert torch.equal(clean.values, other.values)
+    clean, other = (
+        net(latents, TIMESTEPS, net.prepare_context(rows, LENGTHS), attention=settings("original"))
+        for rows in (text, spoiled)
+    )
+    assert torch.equal(clean, other)
+
+
+def test_each_layer_reads_the_text_once_for_all_steps(net, inputs, monkeypatch):
+    latents, text = inputs
+    projected = []
+    project = CrossAttention.project_context
+
+    def count(attention, embedded_SM, **options):
+        projected.append((attention, len(embedded_SM)))
+        return project(attention, embedded_SM, **options)
+
+    monkeypatch.setattr(CrossAttention, "project_context", count)
+    context = net.prepare_context(text, LENGTHS)
+    assert not projected
+    first, second = (net(latents, TIMESTEPS, context, attention=settings("original")) for _ in range(2))
+    assert projected == [(block.cross_attn, rows) for block in net.blocks for rows in (8, 24, 2)]
+    assert torch.equal(first, second)
 
 
 def test_padding_is_one_row(net, inputs):
     samples = net.prepare_context(inputs[1], LENGTHS).samples
-    assert [sample.keys.shape[1] for sample in samples] == [8, 24, 2]
+    assert [len(sample.embedded_SM) for sample in samples] == [8, 24, 2]
     assert [sample.num_padding for sample in samples] == [17, 0, 23]
 
 

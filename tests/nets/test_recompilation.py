@@ -25,6 +25,7 @@ from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.nets.vae import WanVAE
 from turbo_backend.nets.vae_decoder_fused import FusedDecoder
 from turbo_backend.quantization import convert_to_fp8, quantize_linears
+from turbo_backend.stages.warm_up import decode_presets, denoise_presets, list_presets
 from turbo_kernels import conv3d, providers, sage_attention, upsample_conv
 
 #: Rows of scores are ranked in registers, in one of a few sizes.
@@ -67,6 +68,12 @@ def taken(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Taken:
         return result
 
     return take
+
+
+@pytest.fixture
+def shapes_alone(device: torch.device) -> torch.device:
+    """Where nothing is computed: presets are too large for a CPU, but shapes alone decide what is compiled."""
+    return torch.device("meta") if device.type == "cpu" else device
 
 
 def specialisation(kernel: Any, arguments: dict[str, object]) -> tuple[object, ...]:
@@ -159,3 +166,47 @@ def test_vae_decoder(taken: Taken, device: torch.device, monkeypatch: pytest.Mon
     assert not compiles(4, 6, 10)
     assert compiles(2, 5, 7) <= first
     assert not compiles(3, 5, 7)
+
+
+@pytest.fixture
+def wan_vae(shapes_alone: torch.device, monkeypatch: pytest.MonkeyPatch) -> WanVAE:
+    with shapes_alone:
+        net = WanVAE(MODELS["Wan2.1-1.3B"].vae).to(torch.bfloat16)
+    if shapes_alone.type == "meta":
+        fused = FusedDecoder(net.decoder, provider="triton")
+        monkeypatch.setattr(
+            net, "_decoder_for", lambda z, history: fused if history.has_started(net.decoder.conv1) else net.decoder
+        )
+    return net
+
+
+def test_warm_up_compiles_the_decoder_for_every_preset(
+    taken: Taken, shapes_alone: torch.device, wan_vae: WanVAE
+) -> None:
+    presets = list_presets(MODELS["Wan2.1-1.3B"])
+    decode_presets(wan_vae, presets)
+    compiled = taken()
+    assert compiled
+    print(f"{compiled.total()} kernels for {len(presets)} sizes")
+    for parameters in presets:
+        latents = torch.zeros(1, 16, 4, *parameters.latent_shape[1:], device=shapes_alone)
+        wan_vae.decode(latents)
+        assert not taken(), (parameters.width, parameters.height)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_warm_up_compiles_the_denoiser_for_every_preset(
+    taken: Taken, device: torch.device, shapes_alone: torch.device, quantized: bool
+) -> None:
+    net = make_denoiser(device, quantized=quantized).to(shapes_alone)
+    net.fuse_projections()
+    model = MODELS["Wan2.1-1.3B"]
+    denoise_presets(net, list_presets(model, ("16:9",)), device=shapes_alone, dtype=torch.bfloat16, provider="triton")
+    assert set(taken()) > SPECIALISED_BY_LENGTH
+    context = net.prepare_context(torch.zeros(1, 1, net.config.text_dim), [1])
+    for parameters in list_presets(model):
+        for attention_type in ("sla", "sagesla"):
+            latents = torch.zeros(1, 16, *parameters.latent_shape, device=shapes_alone)
+            attention = AttentionSettings(attention_type=attention_type, sla_topk=0.15, provider="triton")
+            net(latents, torch.tensor([932.0]), context, attention=attention)
+            assert not taken(), (attention_type, parameters.width, parameters.height)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
+from reference_nets import umt5_of_transformers
 from torch import Tensor
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
 from turbo_backend.config import MODELS, TextEncoderConfig
 from turbo_backend.errors import InvalidArgument
@@ -27,47 +26,11 @@ def encoder() -> UMT5Encoder:
     return net
 
 
-def transformers_name(name: str) -> str:
-    """The name of a published parameter in transformers' UMT5EncoderModel."""
-    for ours, theirs in (
-        (r"^token_embedding\.", "shared."),
-        (r"^norm\.", "encoder.final_layer_norm."),
-        (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
-        (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
-        (
-            r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
-            r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
-        ),
-        (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
-        (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
-        (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
-        (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
-    ):
-        name = re.sub(ours, theirs, name)
-    return name
-
-
 @pytest.fixture(scope="module")
 def oracle(encoder: UMT5Encoder) -> UMT5EncoderModel:
-    net = UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=CONFIG.vocab_size,
-            d_model=CONFIG.dim,
-            d_kv=CONFIG.dim_attn // CONFIG.num_heads,
-            d_ff=CONFIG.dim_ffn,
-            num_layers=CONFIG.num_layers,
-            num_heads=CONFIG.num_heads,
-            relative_attention_num_buckets=CONFIG.num_buckets,
-            relative_attention_max_distance=CONFIG.max_distance,
-            feed_forward_proj="gated-gelu",
-            dense_act_fn="gelu_new",
-            dropout_rate=0.0,
-        )
-    )
-    weights = {transformers_name(name): value for name, value in encoder.state_dict().items()}
-    weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
-    net.load_state_dict(weights, strict=True)
-    return net.eval()
+    net = umt5_of_transformers(encoder)
+    assert isinstance(net, UMT5EncoderModel)
+    return net
 
 
 def draw_tokens(batch: int, size: int) -> Tensor:

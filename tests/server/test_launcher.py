@@ -172,6 +172,27 @@ def test_early_failure_shows_the_end_of_the_log(tmp_path: Path, write_model: Wri
     assert leftovers(server.shm_prefix) == []
 
 
+def test_what_cannot_even_be_launched_leaves_nothing(leftovers: Leftovers) -> None:
+    ours = f"turbo-{os.getpid()}-"
+    before = leftovers(ours)
+    with pytest.raises(Misconfigured, match="TURBO_MODEL = 'none'"):
+        TritonServer(environment={"TURBO_MODEL": "none"}).start()
+    assert leftovers(ours) == before
+
+
+def test_why_models_cannot_be_loaded_is_told(tmp_path: Path, leftovers: Leftovers) -> None:
+    """Without the log, which the caller may have sent elsewhere."""
+    environment = {"TURBO_MODEL": "tiny", "TURBO_CHECKPOINT_DIR": str(tmp_path)}
+    server = TritonServer(environment=environment, ready_timeout=120)
+    with pytest.raises(Misconfigured) as caught:
+        server.start()
+    reasons = str(caught.value).splitlines()
+    assert [line.partition(": ")[0] for line in reasons if "cannot be loaded" in line]
+    assert "end of its log" not in str(caught.value)
+    assert "tiny-T2V" in str(caught.value)
+    assert leftovers(server.shm_prefix) == []
+
+
 def test_gives_up_on_a_model_that_loads_too_long(tmp_path: Path, write_model: WriteModel, leftovers: Leftovers) -> None:
     code = "import time\nclass TritonPythonModel:\n    def initialize(self, args):\n        time.sleep(600)\n"
     server = TritonServer(write_model(tmp_path, "endless", code + "    execute = None\n"), ready_timeout=1)

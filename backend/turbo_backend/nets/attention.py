@@ -22,6 +22,11 @@ from turbo_kernels import dense_attention, rms_norm_rope, sla_attention
 ATTENTION_TYPES = ("original", "sla", "sagesla")
 
 
+def offered_types(provider: str) -> tuple[str, ...]:
+    """The attention types that a provider computes."""
+    return ("sagesla",) if provider == "spargeattn" else ATTENTION_TYPES
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSettings:
     """How self-attention is computed.
@@ -41,7 +46,7 @@ class AttentionSettings:
             raise InvalidArgument("ATTENTION_TYPE", self.attention_type, f"one of {', '.join(ATTENTION_TYPES)}")
         if not 0 < self.sla_topk <= 1:
             raise InvalidArgument("SLA_TOPK", self.sla_topk, "over 0, at most 1")
-        if self.provider == "spargeattn" and self.attention_type != "sagesla":
+        if self.attention_type not in offered_types(self.provider):
             raise InvalidArgument("attention provider", self.provider, "reference or triton unless sagesla")
 
     @property
@@ -51,24 +56,46 @@ class AttentionSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampleContext:
-    """One prompt as the cross-attention of all layers reads it.
+class LayerText:
+    """One prompt as the cross-attention of one layer reads it.
 
     Attributes:
-        keys, values: [num_layers, S, H, D].
-        num_padding: how many equal padding rows the last row stands for; 0 if the prompt fills the text length.
-        value_amax: float32 [num_layers], largest magnitude of each layer's values, which bounds the output.
+        keys, values: [S, H, D].
+        value_amax: float32 scalar, largest magnitude of the values, which bounds the output.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    num_padding: int
     value_amax: torch.Tensor
+
+
+class SampleContext:
+    """One prompt, embedded; each layer's keys and values are made when it first reads them, and kept.
+
+    So a GPU works on the first blocks while the host still launches what the text needs in later ones.
+
+    Args:
+        embedded_SM: the prompt's rows, and one of padding if there is any.
+        num_padding: how many equal padding rows the last row stands for; 0 if the prompt fills the text length.
+        provider: of the linears and norms that make keys and values.
+    """
+
+    def __init__(self, embedded_SM: torch.Tensor, *, num_padding: int, provider: str) -> None:
+        self.embedded_SM = embedded_SM
+        self.num_padding = num_padding
+        self._provider = provider
+        self._layers: dict[int, LayerText] = {}
+
+    def read(self, attention: CrossAttention, layer: int) -> LayerText:
+        """What `attention`, which is that of `layer`, reads of the prompt."""
+        if layer not in self._layers:
+            self._layers[layer] = attention.project_context(self.embedded_SM, provider=self._provider)
+        return self._layers[layer]
 
 
 @dataclass(frozen=True, slots=True)
 class TextContext:
-    """The prompts of a batch, each of its own length, made once and read at every step."""
+    """The prompts of a batch, each of its own length, embedded once and read at every step."""
 
     samples: tuple[SampleContext, ...]
 
@@ -176,24 +203,23 @@ class SelfAttention(_Attention):
 class CrossAttention(_Attention):
     """Video tokens read the text; RMSNorm on q and k, no RoPE, dense."""
 
-    def project_context(self, context_SM: torch.Tensor, *, provider: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [S, H, D] of one prompt's embedded text [S, M]."""
+    def project_context(self, context_SM: torch.Tensor, *, provider: str) -> LayerText:
+        """Keys and values of one prompt's embedded text [S, M]."""
         context_BSM = context_SM[None]
         k_BSM = apply_linear(self.k, context_BSM, provider=provider)
         k_BSHD = self._norm_rope(k_BSM, self.norm_k, None, provider)
         v_BSHD = self._split_heads(apply_linear(self.v, context_BSM, provider=provider))
-        return k_BSHD[0], v_BSHD[0]
+        return LayerText(keys=k_BSHD[0], values=v_BSHD[0], value_amax=v_BSHD.abs().amax().float())
 
     def forward(self, x_BLM: torch.Tensor, context: TextContext, layer: int, *, provider: str) -> torch.Tensor:
         q_BLM = apply_linear(self.q, x_BLM, provider=provider)
         q_BLHD = self._norm_rope(q_BLM, self.norm_q, None, provider)
         # Sample by sample: prompts differ in length, and a sample's result must not depend on its neighbours.
-        out_BLHD = torch.cat(
-            [
-                attend_to_text(q_BLHD[i : i + 1], sample.keys[layer], sample.values[layer], sample.num_padding)
-                for i, sample in enumerate(context.samples)
-            ]
-        )
+        outs = []
+        for q_LHD, sample in zip(q_BLHD, context.samples, strict=True):
+            text = sample.read(self, layer)
+            outs.append(attend_to_text(q_LHD[None], text.keys, text.values, sample.num_padding))
+        out_BLHD = torch.cat(outs)
         return apply_linear(self.o, out_BLHD.flatten(-2), provider=provider)
 
 

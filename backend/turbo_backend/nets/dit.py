@@ -15,79 +15,24 @@ from torch import nn
 
 from turbo_backend.config import DiTConfig
 from turbo_backend.errors import InvalidArgument
-from turbo_backend.nets.attention import AttentionSettings, CrossAttention, SampleContext, SelfAttention, TextContext
+from turbo_backend.nets.attention import AttentionSettings, SampleContext, TextContext
+from turbo_backend.nets.block import Block
 from turbo_backend.nets.fused import FusedStream, ffn_scales, run_block
 from turbo_backend.nets.rope import rope_table
 from turbo_backend.quantization import (
     Fp8Linear,
     Int8Linear,
     LinearWeights,
-    apply_linear,
     convert_to_fp8,
     lay_side_by_side,
 )
-from turbo_kernels import default_provider, gate_residual, layer_norm_modulate
+from turbo_kernels import default_provider, layer_norm_modulate
 from turbo_kernels.fp8_gelu_linear import multiplies_gelu_fp8
 from turbo_kernels.fp8_linear import multiplies_fp8
 
 #: Parts of a key that mark tensors to keep in float32 whatever the network's dtype: the time path and the head are
 #: computed in float32, norms apply their weights in float32, and int8 scales are float32 by format.
 KEEP_FP32 = ("time_embedding.", "time_projection.", "modulation", "head.", "norm_q.", "norm_k.", "norm3.", ".scale")
-
-
-class AffineNorm(nn.Module):
-    """Weight and bias [M] of a LayerNorm that is computed by a fused kernel."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-
-class Block(nn.Module):
-    """One transformer block.
-
-    x += gate1 * SelfAttn(LN(x) (1 + scale1) + shift1)
-    x += CrossAttn(LN_affine(x), text)
-    x += gate2 * FFN(LN(x) (1 + scale2) + shift2),      FFN = Linear, GELU(tanh), Linear
-    """
-
-    def __init__(self, config: DiTConfig, *, sla: bool) -> None:
-        super().__init__()
-        self.eps = config.eps
-        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
-        self.self_attn = SelfAttention(config, sla=sla)
-        self.cross_attn = CrossAttention(config)
-        self.norm3 = AffineNorm(config.dim)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
-        )
-
-    def forward(
-        self,
-        x_BLM: torch.Tensor,
-        modulation_6BM: torch.Tensor,
-        context: TextContext,
-        layer: int,
-        rope: torch.Tensor,
-        attention: AttentionSettings,
-    ) -> torch.Tensor:
-        """x in the network's dtype; modulation float32: shift1, scale1, gate1, shift2, scale2, gate2."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation_6BM.unbind(0)
-        eps, provider = self.eps, attention.op_provider
-        h = layer_norm_modulate(x_BLM, scale_BD=scale1, shift_BD=shift1, eps=eps, provider=provider)
-        x_BLM = gate_residual(x_BLM, self.self_attn(h, rope, attention), gate1, provider=provider)
-        norm3 = self.norm3
-        h = layer_norm_modulate(
-            x_BLM, weight=norm3.weight, bias=norm3.bias, scale_BD=None, shift_BD=None, eps=eps, provider=provider
-        )
-        x_BLM = x_BLM + self.cross_attn(h, context, layer, provider=provider)
-        h = layer_norm_modulate(x_BLM, scale_BD=scale2, shift_BD=shift2, eps=eps, provider=provider)
-        return gate_residual(x_BLM, self._feed_forward(h, provider), gate2, provider=provider)
-
-    def _feed_forward(self, x_BLM: torch.Tensor, provider: str) -> torch.Tensor:
-        up, gelu, down = self.ffn
-        return apply_linear(down, gelu(apply_linear(up, x_BLM, provider=provider)), provider=provider)
 
 
 class Head(nn.Module):
@@ -183,7 +128,7 @@ class WanDiT(nn.Module):
     def prepare_context(
         self, text_embeddings_BSC: torch.Tensor, text_lengths: Sequence[int], *, provider: str | None = None
     ) -> TextContext:
-        """Embeds prompts and projects every layer's cross-attention keys and values, once for all steps.
+        """Embeds prompts, once for all steps; each layer makes its keys and values of them when it first reads them.
 
         Wan pads text with zero rows to `text_len`, and the padding is attended to. All padding rows become the same
         key and value, so one row stands for them (see `attention.attend_to_text`).
@@ -217,14 +162,7 @@ class WanDiT(nn.Module):
         num_padding = self.config.text_len - text_SC.shape[0]
         if num_padding:
             text_SC = F.pad(text_SC, (0, 0, 0, 1))
-        embedded_SM = self.text_embedding(text_SC)
-        num_layers, num_heads, head_dim = self.config.num_layers, self.config.num_heads, self.config.head_dim
-        keys = embedded_SM.new_empty(num_layers, embedded_SM.shape[0], num_heads, head_dim)
-        values = torch.empty_like(keys)
-        for layer, block in enumerate(self._typed_blocks()):
-            keys[layer], values[layer] = block.cross_attn.project_context(embedded_SM, provider=provider)
-        value_amax = values.abs().amax((1, 2, 3)).float()
-        return SampleContext(keys=keys, values=values, num_padding=num_padding, value_amax=value_amax)
+        return SampleContext(self.text_embedding(text_SC), num_padding=num_padding, provider=provider)
 
     @torch.no_grad()
     def forward(
@@ -235,6 +173,7 @@ class WanDiT(nn.Module):
         *,
         attention: AttentionSettings,
         rope: torch.Tensor | None = None,
+        num_blocks: int | None = None,
     ) -> torch.Tensor:
         """One evaluation.
 
@@ -244,6 +183,7 @@ class WanDiT(nn.Module):
             timesteps: [B] float64 or float32, 1000 t as `sampler.RCMSchedule.network_timesteps` gives it.
             context: from `prepare_context`, of the same B.
             rope: table of `rope.rope_table`; looked up by default.
+            num_blocks: run the first blocks alone, for a warm-up; all of them by default.
 
         Returns:
             float32 [B, out_channels, T, h, w].
@@ -257,14 +197,15 @@ class WanDiT(nn.Module):
         if rope is None:
             rope = rope_table(grid, config.head_dim, self.device)
 
-        time_BM, modulation = self._embed_time(timesteps)
+        blocks = self._typed_blocks()[:num_blocks]
+        time_BM, modulation = self._embed_time(timesteps, blocks)
         patches_BLC = patchify(latents.to(self.dtype), config.patch_size)
         if provider == "triton":
             x_BLM = LinearWeights.of(self.patch_embedding).multiply(patches_BLC, provider=provider)
-            out_BLP = self._run_fused(x_BLM, time_BM, modulation, context, rope, attention)
+            out_BLP = self._run_fused(blocks, x_BLM, time_BM, modulation, context, rope, attention)
         else:
             x_BLM = self.patch_embedding(patches_BLC)
-            for layer, block in enumerate(self._typed_blocks()):
+            for layer, block in enumerate(blocks):
                 x_BLM = block(x_BLM, modulation[layer], context, layer, rope, attention)
                 if self.after_block is not None:
                     self.after_block(layer)
@@ -273,6 +214,7 @@ class WanDiT(nn.Module):
 
     def _run_fused(
         self,
+        blocks: Sequence[Block],
         x_BLM: torch.Tensor,
         time_BM: torch.Tensor,
         modulation: torch.Tensor,
@@ -280,9 +222,8 @@ class WanDiT(nn.Module):
         rope: torch.Tensor,
         attention: AttentionSettings,
     ) -> torch.Tensor:
-        """All blocks and the head; each branch's output joins the residual stream in the kernel of the next norm."""
+        """The blocks and the head; each branch's output joins the residual stream in the kernel of the next norm."""
         stream = FusedStream(x_BLM, attention.op_provider)
-        blocks = self._typed_blocks()
         all_scales = ffn_scales(blocks, modulation)
         for layer, block in enumerate(blocks):
             scales = None if all_scales is None else all_scales[layer]
@@ -310,18 +251,19 @@ class WanDiT(nn.Module):
             raise InvalidArgument("context", len(context), f"of {shape[0]} samples")
         return shape[2] // p_t, shape[3] // p_h, shape[4] // p_w
 
-    def _embed_time(self, timesteps_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 time embedding [B, M], and all layers' modulations [num_layers, 6, B, M]."""
+    def _embed_time(self, timesteps_B: torch.Tensor, blocks: Sequence[Block]) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 time embedding [B, M], and the blocks' modulations [num_blocks, 6, B, M]."""
         first, _, second = self.time_embedding
         _, projection = self.time_projection
         embeddings, projections = [], []
         # Sample by sample: a product with one row takes another path on the CPU than one with several.
-        for sinusoid_1F in sinusoidal_embedding(timesteps_B, self.config.freq_dim).to(self.device)[:, None]:
+        sinusoids_BF = sinusoidal_embedding(timesteps_B, self.config.freq_dim).to(self.device, non_blocking=True)
+        for sinusoid_1F in sinusoids_BF[:, None]:
             time_1M = _linear_fp32(second, F.silu(_linear_fp32(first, sinusoid_1F)))
             embeddings.append(time_1M)
             projections.append(_linear_fp32(projection, F.silu(time_1M)))
         time_6BM = torch.cat(projections).view(-1, 6, self.config.dim).transpose(0, 1)
-        table = torch.stack([block.modulation[0] for block in self._typed_blocks()]).float()
+        table = torch.stack([block.modulation[0] for block in blocks]).float()
         return torch.cat(embeddings), table[:, :, None] + time_6BM
 
     def _typed_blocks(self) -> list[Block]:

@@ -1,4 +1,4 @@
-"""A transformer block as a GPU runs it: the formulas of `dit.Block` in the fewest passes over memory.
+"""A transformer block as a GPU runs it: the formulas of `block.Block` in the fewest passes over memory.
 
     norm, modulation and 8-bit rounding ride on the addition of the branch before     (`residual_norm`)
     q, k, v              one product; norm and rotation of q and k in one kernel       (`qk_norm_rope`)
@@ -13,21 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from turbo_backend.nets.attention import AttentionSettings, CrossAttention, SelfAttention, TextContext
+from turbo_backend.nets.block import Block
 from turbo_backend.quantization import Fp8Linear, LinearWeights
 from turbo_kernels.fp8_gelu_linear import Fp8Samples, ffn_bounds, fp8_gelu_linear
 from turbo_kernels.fp8_linear import Fp8Rows, quantize_fp8_rows
 from turbo_kernels.qk_norm_rope import qk_norm_rope
 from turbo_kernels.residual_norm import residual_norm
 from turbo_kernels.text_attention import text_attention
-
-if TYPE_CHECKING:
-    from turbo_backend.nets.dit import Block
 
 Activations = torch.Tensor | Fp8Rows
 
@@ -146,20 +144,21 @@ def _attend_to_text(
 ) -> torch.Tensor:
     q_BLM = LinearWeights.of(attn.q).multiply(h, provider=provider)
     in_fp8 = isinstance(attn.o, Fp8Linear)
-    # Sample by sample: prompts differ in length.
-    outs = [
-        text_attention(
-            q_LM,
-            attn.norm_q.weight,
-            sample.keys[layer],
-            sample.values[layer],
-            eps=attn.eps,
-            last_count=max(sample.num_padding, 1),
-            value_amax=sample.value_amax[layer] if in_fp8 else None,
-            provider=provider,
+    outs = []
+    for q_LM, sample in zip(q_BLM, context.samples, strict=True):  # prompts differ in length
+        text = sample.read(attn, layer)
+        outs.append(
+            text_attention(
+                q_LM,
+                attn.norm_q.weight,
+                text.keys,
+                text.values,
+                eps=attn.eps,
+                last_count=max(sample.num_padding, 1),
+                value_amax=text.value_amax if in_fp8 else None,
+                provider=provider,
+            )
         )
-        for q_LM, sample in zip(q_BLM, context.samples, strict=True)
-    ]
     return LinearWeights.of(attn.o).multiply(_stack(outs), provider=provider)
 
 

@@ -25,7 +25,8 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
 
     The pair (2i, 2i + 1) of an axis with d channels at integer position p turns by p * 10000^(-2i / d); pairs of
     the time axis come first, then height, then width (22, 21 and 21 pairs of a 128-channel head). Tokens are in
-    the order (t, h, w) with w fastest. Angles are made in float64.
+    the order (t, h, w) with w fastest. Angles are made in float64, of each axis by itself and on the CPU, and are laid
+    out on the device.
 
     Args:
         grid: (T, h, w) in patches, each 1 to 128.
@@ -42,8 +43,8 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
     for axis, (size, dim) in enumerate(zip(grid, split_head_dim(head_dim), strict=True)):
         frequencies = _THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angles = torch.outer(torch.arange(size, dtype=torch.float64), frequencies)
-        shape = [1, 1, 1, dim // 2]
+        turns = torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
+        shape = [1, 1, 1, dim // 2, 2]
         shape[axis] = size
-        axes.append(angles.view(shape).expand(*grid, dim // 2))
-    angles = torch.cat(axes, dim=-1).flatten(0, 2)
-    return torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
+        axes.append(turns.view(shape).expand(*grid, dim // 2, 2))
+    return torch.cat(axes, dim=-2).flatten(0, 2)

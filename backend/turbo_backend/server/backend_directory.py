@@ -91,6 +91,10 @@ def server_environment(installation: TritonInstallation, folder: Path, environ: 
     environment.pop("PYTHONHOME", None)
     # With an arena for each of Triton's threads, glibc keeps tens of MB that bursts of requests once needed.
     environment.setdefault("MALLOC_ARENA_MAX", "2")
+    # A video passes through several buffers on its way out. glibc maps each anew, page by page, until it has learnt to
+    # keep such memory: it may as well begin with the most that it can learn.
+    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
+    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(64 << 20))
     return environment
 
 

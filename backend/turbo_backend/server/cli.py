@@ -78,7 +78,7 @@ def serve_command(
         str | None, typer.Option(help="auto, reference, triton or spargeattn [TURBO_ATTENTION_PROVIDER].")
     ] = None,
     quant_linear: Annotated[
-        bool | None, typer.Option("--quant-linear/--no-quant-linear", help="Int8 linears [TURBO_QUANT_LINEAR].")
+        bool | None, typer.Option("--quant-linear/--no-quant-linear", help="8-bit linears [TURBO_QUANT_LINEAR].")
     ] = None,
     auto: Annotated[
         bool, typer.Option("--auto", help="Choose model and precision by the GPU's free memory; say what was chosen.")
@@ -108,9 +108,12 @@ def serve_command(
 ) -> None:
     """Start Triton and serve until SIGTERM or Ctrl-C.
 
-    Prints one line to standard output when every model is loaded and warm: `ready grpc=HOST:PORT http=URL metrics=URL
-    model=NAME pid=N`, and again after each restart, of which there are at most --max-restarts in 10 minutes; then the
-    exit status is 1, as it is at the first death with --no-restart. Options override the variables named beside them.
+    Prints one line when every model is loaded and warm, and after each restart:
+    `ready grpc=HOST:PORT http=URL metrics=URL model=NAME pid=N`
+
+    The exit status is 1 when it dies after --max-restarts in 10 minutes.
+
+    Options override the variables named beside them.
     """
     if triton_options and not triton_options[0].startswith("--"):
         raise typer.BadParameter(f"unexpected {triton_options[0]!r}; options of tritonserver come after `--`")

@@ -1,73 +1,31 @@
-"""A tritonserver process: started, waited for, restarted when it breaks, stopped, and nothing of it left behind."""
+"""A tritonserver that is started, waited for, restarted when it breaks, and stopped, with nothing of it left behind."""
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import logging
-import os
-import re
-import secrets
-import shutil
-import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
-from turbo_backend.cancellation import FOLDER_VARIABLE, STOPPING, Cancellations
+from turbo_backend.cancellation import STOPPING, Cancellations
 from turbo_backend.errors import Misconfigured
-from turbo_backend.server import supervisor
-from turbo_backend.server.backend_directory import (
-    assemble_backend_directory,
-    check_installation,
-    server_environment,
-)
+from turbo_backend.server import endpoint
+from turbo_backend.server.backend_directory import check_installation
 from turbo_backend.server.binary import TritonInstallation, find_triton
-from turbo_backend.server.drain import wait_until_quiet
+from turbo_backend.server.child import IDLE_LOOK_SECONDS, Launch, TritonProcess
+from turbo_backend.server.options import check_options
 from turbo_backend.server.ports import choose_ports, is_free
-from turbo_backend.server.repository import FOLDER_NAME, find_model_repository, render_repository
+from turbo_backend.server.repository import find_model_repository
 from turbo_backend.server.watchdog import ModelProcesses, Watchdog
-from turbo_backend.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-#: Shared memory of each model process, in bytes, really taken from /dev/shm: at first, and whenever more is needed.
-#: Latents of 720p x 81 frames are 19 MB in fp32 and the text embeddings of a prompt at most 8 MB, so one step of
-#: growth holds any tensor but raw frames.
-SHM_DEFAULT_BYTES = 8 << 20
-SHM_GROWTH_BYTES = 32 << 20
-
-#: Options that this class sets, and what to use instead.
-_OWN_OPTIONS = {
-    "model-repository": "--model-repository of turbodiffusion-server",
-    "model-store": "--model-repository of turbodiffusion-server",
-    "backend-directory": "the one beside --tritonserver",
-    "http-address": "--host",
-    "grpc-address": "--host",
-    "metrics-address": "--host",
-    "http-port": "--http-port of turbodiffusion-server, before `--`",
-    "grpc-port": "--grpc-port of turbodiffusion-server, before `--`",
-    "metrics-port": "--metrics-port of turbodiffusion-server, before `--`",
-    "allow-http": "nothing: readiness is asked for over HTTP",
-    "exit-timeout-secs": "--exit-timeout",
-    "log-verbose": "--log-verbose of turbodiffusion-server, before `--`",
-}
 _START_ATTEMPTS = 5
-#: Folder that the model processes share, beside the server's other temporary ones.
-_CANCELLATIONS = "cancellations"
-#: How long it takes at most to see that nothing is in flight.
-_IDLE_LOOK_SECONDS = 0.65
-_TAIL_BYTES = 1 << 16
-_TAIL_LINES = 30
-_TAIL_WIDTH = 400
 
 
 class TritonServer:
@@ -97,8 +55,8 @@ class TritonServer:
 
     Attributes:
         grpc_url, http_url, metrics_url: where it listens; gRPC as `host:port`, the others with scheme.
-        pid: of tritonserver itself while it runs.
         log_path: as given, or where the temporary log is; None with `log_to_stderr`.
+        shm_prefix: what the names of its files in /dev/shm begin with, since it was started.
     """
 
     def __init__(
@@ -120,63 +78,63 @@ class TritonServer:
         restarts: int | None = None,
         restart_grace: float = 5.0,
     ) -> None:
-        _check_options(options)
+        check_options(options)
         if log_to_stderr and log_path is not None:
             raise ValueError("log_path and log_to_stderr exclude each other")
         self.model_repository = find_model_repository(model_repository)
-        self._renders = model_repository is None
         self.host = host
         self.log_path = log_path
-        self.pid: int | None = None
-        self._log_to_stderr = log_to_stderr
-        self._log_is_temporary = log_path is None and not log_to_stderr
-        self._log: IO[bytes] | None = None
+        self.shm_prefix = ""
+        self._launch = Launch(
+            repository=self.model_repository,
+            renders=model_repository is None,
+            host=host,
+            environment=dict(environment or {}),
+            options=tuple(options),
+            log_path=log_path,
+            log_to_stderr=log_to_stderr,
+            log_verbose=log_verbose,
+            exit_timeout=exit_timeout,
+        )
         self._installation = installation
         self._requested_ports = (http_port, grpc_port, metrics_port)
         self._ports: tuple[int, ...] = self._requested_ports
-        self._environment = dict(environment or {})
-        self._options = list(options)
-        self._log_verbose = log_verbose
         self._ready_timeout = ready_timeout
-        self._exit_timeout = exit_timeout
         self._restarts = restarts
         self._restart_grace = restart_grace
         self._watchdog: Watchdog | None = None
         self._stopping = threading.Event()
-        self._models: ModelProcesses | None = None
         self._final_code: int | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
-        self._folder: Path | None = None
-        self._server_id = ""
+        self._process: TritonProcess | None = None
+        self._models: ModelProcesses | None = None
 
     @property
     def http_url(self) -> str:
-        return f"http://{_address(self.host, self._ports[0])}"
+        return f"http://{endpoint.address(self.host, self._ports[0])}"
 
     @property
     def grpc_url(self) -> str:
-        return _address(self.host, self._ports[1])
+        return endpoint.address(self.host, self._ports[1])
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{_address(self.host, self._ports[2])}/metrics"
+        return f"http://{endpoint.address(self.host, self._ports[2])}/metrics"
+
+    @property
+    def pid(self) -> int | None:
+        """Of tritonserver itself while it runs."""
+        return None if self._process is None else self._process.pid
 
     @property
     def cancellations(self) -> Cancellations:
         """Where requests of the running server are given up, by their id."""
-        assert self._folder is not None
-        return Cancellations(self._folder / _CANCELLATIONS)
-
-    @property
-    def shm_prefix(self) -> str:
-        """What the names of this server's files in /dev/shm begin with."""
-        return f"{self._server_id}_"
+        assert self._process is not None
+        return self._process.cancellations
 
     @property
     def version(self) -> str:
         """Triton's version, as the running server gives it."""
-        status, body = self._get("/v2")
+        status, body = endpoint.get(self.host, self._ports[0], "/v2")
         if status != 200:
             raise RuntimeError(f"{self.http_url}/v2 answers with status {status}")
         return str(json.loads(body)["version"])
@@ -256,12 +214,17 @@ class TritonServer:
         if self._watchdog is not None:
             self._watchdog.stop()
             self._watchdog = None
-        seconds = self._exit_timeout + 15.0 if timeout is None else timeout
+        process = self._process
+        if process is None:
+            return None
+        seconds = self._launch.grace if timeout is None else timeout
         deadline = time.monotonic() + seconds
-        ran = self._process is not None and self._process.poll() is None
-        if ran and seconds > _IDLE_LOOK_SECONDS:
-            self._end_jobs()
-            self._drain(seconds)
+        ran = process.poll() is None
+        if ran and seconds > IDLE_LOOK_SECONDS:
+            with contextlib.suppress(OSError):  # on a full disk the jobs are waited for
+                # They go on with the server's next start.
+                process.cancellations.request(STOPPING)
+            process.drain(seconds)
         code = self._end(max(0.0, deadline - time.monotonic()))
         if ran and code == 137 and seconds > 0:
             logger.warning("tritonserver did not stop within %.1f s and was killed", seconds)
@@ -269,10 +232,9 @@ class TritonServer:
 
     def request_stop(self, timeout: float) -> None:
         """Tells the server to stop and returns at once; it is killed after `timeout` seconds."""
-        control = self._control
-        if control is not None:
-            with contextlib.suppress(OSError):  # it has ended already
-                control.sendall(f"stop {timeout}\n".encode("ascii"))
+        process = self._process
+        if process is not None:
+            process.request_stop(timeout)
 
     def _find_failure(self) -> str | None:
         """What has died of a server that was ready, in words."""
@@ -292,221 +254,48 @@ class TritonServer:
         deadline = time.monotonic() + self._ready_timeout
         for attempt in range(_START_ATTEMPTS):
             self._ports = choose_ports(self.host, ports)
+            process = self._process = TritonProcess(self._launch, installation, self._ports)
+            self.log_path, self.shm_prefix = process.log_path, process.shm_prefix
             try:
-                self._launch(installation)
-                if self._wait_ready(deadline):
-                    assert self.pid is not None
-                    self._models = ModelProcesses(self.pid)
+                if self._wait_ready(process, deadline):
+                    self._models = ModelProcesses(process.pid)
                     return
             except BaseException:
                 self._end(0)
                 raise
-            code = self._process.returncode if self._process is not None else None
+            code = process.poll()
             lost = [port for port in self._ports if not is_free(self.host, port)]
-            tail = self._log_tail()
+            reasons = process.start_failures()
+            tail = process.log_tail()
             self._end(0)
             if lost and 0 in ports and attempt + 1 < _START_ATTEMPTS:
                 logger.warning("port %s was taken by another process; starting anew", ", ".join(map(str, lost)))
                 continue
-            raise Misconfigured(f"tritonserver ended with status {code} before it was ready{tail}")
+            raise Misconfigured(reasons or f"tritonserver ended with status {code} before it was ready{tail}")
 
-    def _end_jobs(self) -> None:
-        """Tells the jobs that the server stops: they go on with its next start, and need not be waited for."""
-        with contextlib.suppress(OSError):  # on a full disk they are waited for
-            self.cancellations.request(STOPPING)
-
-    def _drain(self, seconds: float) -> None:
-        """Begins the stop and returns when what is in flight has ended; see `turbo_backend.server.drain`."""
-        process, pid = self._process, self.pid
-        assert process is not None
-        assert pid is not None
-
-        def has_ended() -> bool:
-            return process.poll() is not None
-
-        if wait_until_quiet(pid, _IDLE_LOOK_SECONDS, has_ended):
-            return
-        held = http.client.HTTPConnection(_reachable(self.host), self._ports[0], timeout=5.0)
-        try:
-            held.request("GET", "/v2/health/live")
-            held.getresponse().read()
-            self.request_stop(seconds)
-            wait_until_quiet(pid, seconds, has_ended)
-        except (OSError, http.client.HTTPException) as error:
-            logger.warning("requests in flight may be lost, because tritonserver does not answer: %s", error)
-        finally:
-            held.close()
-
-    def _end(self, seconds: float) -> int | None:
-        """Stops the process, if there is one, and removes what it leaves; returns its exit status."""
-        process = self._process
-        if process is None:
-            return None
-        self.request_stop(seconds)
-        code = process.wait()
-        if code < 0 and self.pid is not None:  # the supervisor was killed: nobody else ends model processes that hang
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        # The supervisor has done this already, unless it was killed itself.
-        supervisor.remove_shared_memory(self.shm_prefix)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._process = None
-        self._models = None
-        self.pid = None
-        return code
-
-    def _launch(self, installation: TritonInstallation) -> None:
-        self._server_id = f"turbo-{os.getpid()}-{secrets.token_hex(4)}"
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{self._server_id}-"))
-        backends = assemble_backend_directory(installation, self._folder)
-        environment = server_environment(installation, self._folder, {**os.environ, **self._environment})
-        environment[FOLDER_VARIABLE] = str(self._folder / _CANCELLATIONS)
-        ours, theirs = socket.socketpair()
-        arguments = [
-            sys.executable, "-I", "-S", supervisor.__file__,
-            str(theirs.fileno()), str(self._exit_timeout + 15.0), self.shm_prefix, str(self._folder),
-            str(installation.binary), *self._server_options(self._served_repository(), backends),
-        ]  # fmt: skip
-        with theirs:
-            self._process = subprocess.Popen(  # noqa: S603  (our own supervisor with checked options)
-                arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=self._open_log(),
-                stderr=subprocess.STDOUT,
-                env=environment,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
-        self._control = ours
-        first_line = ours.makefile("rb").readline()
-        if not first_line:
-            raise Misconfigured(f"tritonserver could not be started{self._log_tail()}")
-        self.pid = int(first_line)
-
-    def _served_repository(self) -> Path:
-        """The repository as given, or what the networks of the settings take of the committed one."""
-        if not self._renders:
-            return self.model_repository
-        assert self._folder is not None
-        settings = Settings.from_environment({**os.environ, **self._environment})
-        return render_repository(self.model_repository, settings.served_models, self._folder / FOLDER_NAME)
-
-    def _server_options(self, repository: Path, backends: Path) -> list[str]:
-        http_port, grpc_port, metrics_port = self._ports
-        options = [
-            f"--model-repository={repository}",
-            f"--backend-directory={backends}",
-            f"--http-address={self.host}",
-            f"--grpc-address={self.host}",
-            f"--metrics-address={self.host}",
-            f"--http-port={http_port}",
-            f"--grpc-port={grpc_port}",
-            f"--metrics-port={metrics_port}",
-            f"--exit-timeout-secs={round(self._exit_timeout)}",
-            # Completing a configuration starts each Python model once more, only to ask it; ours are complete.
-            "--disable-auto-complete-config",
-            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
-            f"--backend-config=python,shm-default-byte-size={SHM_DEFAULT_BYTES}",
-            f"--backend-config=python,shm-growth-byte-size={SHM_GROWTH_BYTES}",
-        ]
-        if not _names_option(self._options, "id"):
-            options.append(f"--id={self._server_id}")
-        if self._log_verbose:
-            options.append(f"--log-verbose={self._log_verbose}")
-        return options + self._options
-
-    def _wait_ready(self, deadline: float) -> bool:
+    def _wait_ready(self, process: TritonProcess, deadline: float) -> bool:
         """True when every model is ready, False when the server ended first.
 
         Raises:
             Misconfigured: neither happened before `deadline`.
         """
         pause = 0.02
-        assert self._process is not None
-        while self._process.poll() is None:
+        while process.poll() is None:
             if self._stopping.is_set():
                 raise Misconfigured("told to stop while it was restarted")
-            if self._is_ready():
+            if process.is_ready():
                 return True
             if time.monotonic() >= deadline:
-                raise Misconfigured(f"tritonserver was not ready within {self._ready_timeout:.0f} s{self._log_tail()}")
+                tail = process.log_tail()
+                raise Misconfigured(f"tritonserver was not ready within {self._ready_timeout:.0f} s{tail}")
             time.sleep(pause)
             pause = min(pause * 1.5, 0.2)
         return False
 
-    def _is_ready(self) -> bool:
-        status, _ = self._get("/v2/health/ready")
-        if status != 200:
-            return False
-        # Another Triton may have taken the port before this one could: ask for the name.
-        status, body = self._get("/v2")
-        return status != 200 or _names_option(self._options, "id") or json.loads(body)["name"] == self._server_id
-
-    def _get(self, path: str) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection(_reachable(self.host), self._ports[0], timeout=5.0)
-        try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            return response.status, response.read()
-        except (OSError, http.client.HTTPException):
-            return 0, b""
-        finally:
-            connection.close()
-
-    def _open_log(self) -> int:
-        if self._log_to_stderr:
-            return sys.stderr.fileno()
-        if self._log_is_temporary:
-            assert self._folder is not None
-            self.log_path = self._folder / "server.log"
-        assert self.log_path is not None
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._log = self.log_path.open("a+b")
-        return self._log.fileno()
-
-    def _log_tail(self) -> str:
-        """The log's last lines; read through the open file, because a temporary one is removed with the server."""
-        if self._log is None:
-            return ""
-        end = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, end - _TAIL_BYTES))
-        lines = self._log.read().decode("utf-8", "replace").splitlines()
-        told = [
-            line if len(line) <= _TAIL_WIDTH else f"{line[:_TAIL_WIDTH]} ..." for line in lines if _is_telling(line)
-        ]
-        return "; the end of its log:\n" + "\n".join(told[-_TAIL_LINES:])
-
-
-def _is_telling(line: str) -> bool:
-    """False for what says nothing about a failure: Triton's tables and its remarks on normal progress."""
-    return bool(line.strip()) and not re.match(
-        r"\||\+--|I\d{4} \S+ \d+ (?!pb_stub)|Error: Failed to initialize NVML|  <frozen importlib", line
-    )
-
-
-def _check_options(options: Sequence[str]) -> None:
-    for option in options:
-        name = option.removeprefix("--").partition("=")[0]
-        if option.startswith("--") and name in _OWN_OPTIONS:
-            raise Misconfigured(f"--{name} is set by turbodiffusion-server; use {_OWN_OPTIONS[name]}")
-
-
-def _names_option(options: Sequence[str], name: str) -> bool:
-    return any(option == f"--{name}" or option.startswith(f"--{name}=") for option in options)
-
-
-def _address(host: str, port: int) -> str:
-    reachable = _reachable(host)
-    return f"[{reachable}]:{port}" if ":" in reachable else f"{reachable}:{port}"
-
-
-def _reachable(host: str) -> str:
-    """Where a server that listens on `host` is reached from this machine."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  (compared, not bound)
+    def _end(self, seconds: float) -> int | None:
+        """Stops the process, if there is one; returns its exit status."""
+        if self._process is None:
+            return None
+        code = self._process.end(seconds)  # which `request_stop` may still hurry
+        self._process = self._models = None
+        return code

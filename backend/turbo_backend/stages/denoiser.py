@@ -75,6 +75,7 @@ class DenoiserStage:
         max_batch_tokens: most tokens that one forward may hold together; a longer request runs alone.
         fingerprint: of the weights, for the report.
         identity: other facts about this server that go into every report.
+        room: bytes of GPU memory that shall be free for others when no request is held.
         max_queue_size: most requests that are held, waiting and running; more are refused.
         cancellations: where requests are given up; None where nobody can.
         store: where the steps of durable requests are kept; None keeps none.
@@ -93,12 +94,14 @@ class DenoiserStage:
         max_batch_tokens: int,
         fingerprint: str,
         identity: Mapping[str, object],
+        room: int = 0,
         max_queue_size: int = 64,
         cancellations: Cancellations | None = None,
         store: StepStore | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device = device
+        self._room = room
         self._cancellations = cancellations
         self._writer = None if store is None else StepWriter(store)
         self._count: Count | None = None
@@ -239,10 +242,13 @@ class DenoiserStage:
             self._add("turbo_denoiser_steps", str(len(steps)))
             self._add("turbo_denoiser_step_milliseconds", str(len(steps)), milliseconds)
             self._sweep()  # who was cancelled meanwhile is told so, and of no further step
+            done = [run for run, step in zip(running.runs, steps, strict=True) if step.latents is not None]
+            for run in done:
+                self._sampling.forget(run.sample)
+            if sum(run in self._queue for run in done) == len(self._queue):  # before the next stage may need it
+                release_workspace(self._device, room=self._room)
             for run, step in zip(running.runs, steps, strict=True):
                 self._tell_step(run, step)
-            if not len(self._queue):
-                release_workspace()
 
     def _admit(self, request: DenoiseRequest, receive: Receive) -> Run:
         """Checks a request.
@@ -300,10 +306,8 @@ class DenoiserStage:
             return
         if step.state is not None and self._writer is not None:
             self._writer.save(run.request.request_id, run.sample.step, step.state)
-        if step.latents is not None:
-            if not self._queue.leave(run):
-                return
-            self._sampling.forget(run.sample)
+        if step.latents is not None and not self._queue.leave(run):
+            return
         self._answers.give(partial(self._give_step, run, run.sample.step, step))
 
     def _give_step(self, run: Run, number: int, step: HostStep) -> None:

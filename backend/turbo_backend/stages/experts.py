@@ -26,6 +26,10 @@ class Experts(Protocol):
     placement: str
     switch_is_free: bool
 
+    @property
+    def networks(self) -> tuple[WanDiT, ...]:
+        """The networks that run, each with the weights of one expert or now of this, now of that one."""
+
     def select(self, expert: int) -> WanDiT:
         """The network of that expert, ready to run on the device."""
 
@@ -40,10 +44,10 @@ class ResidentExperts:
     switch_is_free = True
 
     def __init__(self, nets: Sequence[WanDiT]) -> None:
-        self._nets = tuple(nets)
+        self.networks = tuple(nets)
 
     def select(self, expert: int) -> WanDiT:
-        return self._nets[expert]
+        return self.networks[expert]
 
     def switch_during_next_run(self, expert: int) -> None:
         """Nothing to do."""
@@ -104,6 +108,11 @@ class SwappedExperts:
             self._groups[_group(name)].append(name)
         self._net.after_block = lambda number: self._replace_incoming(f"blocks.{number}")
         self._net.register_forward_hook(lambda *_: self._finish_switch())
+
+    @property
+    def networks(self) -> tuple[WanDiT, ...]:
+        assert self._net is not None
+        return (self._net,)
 
     def select(self, expert: int) -> WanDiT:
         self._incoming = None

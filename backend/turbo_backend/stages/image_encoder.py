@@ -72,20 +72,19 @@ class ImageEncoderStage:
         model: the served model.
         cache_entries: encoded images kept (0 turns the cache off).
         fingerprint: of the weights, for the report.
-
-    Attributes:
-        num_hits, num_misses: requests answered from the cache, and those that were encoded.
+        room: bytes of GPU memory that shall be free for others between batches.
     """
 
-    def __init__(self, vae: WanVAE | None, model: ModelConfig, *, cache_entries: int, fingerprint: str) -> None:
+    def __init__(
+        self, vae: WanVAE | None, model: ModelConfig, *, cache_entries: int, fingerprint: str, room: int = 0
+    ) -> None:
         self._vae = vae
         self._model = model
         self._cache_entries = cache_entries
         self._fingerprint = fingerprint
+        self._room = room
         self._cache: OrderedDict[tuple[str, int, int, int, str], torch.Tensor] = OrderedDict()
         self._headers: dict[str, ImageHeader] = {}
-        self.num_hits = 0
-        self.num_misses = 0
 
     def encode(self, requests: Sequence[ImageRequest]) -> list[EncodedImage | TurboError]:
         """Encodes images one after another; one that cannot be encoded yields its error and harms no neighbour."""
@@ -96,7 +95,8 @@ class ImageEncoderStage:
             except Exception as error:
                 outcomes.append(as_turbo_error(error, "image_encoder"))
         if any(isinstance(outcome, EncodedImage) and not outcome.cache_hit for outcome in outcomes):
-            release_workspace()
+            assert self._vae is not None
+            release_workspace(self._vae.conv1.weight.device, room=self._room)
         return outcomes
 
     def _encode(self, request: ImageRequest) -> EncodedImage:
@@ -114,9 +114,6 @@ class ImageEncoderStage:
         hit = latents is not None
         if latents is None:
             latents = self._run(self._vae, request.content, parameters)
-            self.num_misses += 1
-        else:
-            self.num_hits += 1
         self._cache[key] = latents
         self._cache.move_to_end(key)
         self._headers[digest] = header

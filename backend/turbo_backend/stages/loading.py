@@ -24,22 +24,21 @@ from turbo_backend.checkpoints import (
     open_checkpoint,
     tiny_checkpoint_folder,
 )
-from turbo_backend.config import ModelConfig
 from turbo_backend.errors import Misconfigured, TurboError
 from turbo_backend.manifest import device_name, versions
 from turbo_backend.memory import free_bytes, settle_gpu
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
-from turbo_backend.parameters import RESOLUTIONS, Delivery, make_parameters
-from turbo_backend.planner import Placement, choose_placement
+from turbo_backend.parameters import make_parameters
+from turbo_backend.planner import Placement, choose_placement, workspace_bytes
 from turbo_backend.settings import Settings
 from turbo_backend.stages.denoiser import DenoiserStage
-from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest
 from turbo_backend.stages.experts import Experts, ResidentExperts, SpreadExperts, SwappedExperts
 from turbo_backend.stages.image_encoder import ImageEncoderStage
 from turbo_backend.stages.step_store import StepStore
 from turbo_backend.stages.text_encoder import TextEncoderStage
-from turbo_backend.stages.vae_decoder import DecodeRequest, VAEDecoderStage
+from turbo_backend.stages.vae_decoder import VAEDecoderStage
+from turbo_backend.stages.warm_up import default_latent_shape, warm_denoiser, warm_image_encoder, warm_vae_decoder
 from turbo_backend.tokenizer import Tokenizer
 from turbo_kernels import self_check
 from turbo_kernels.fp8_linear import multiplies_fp8
@@ -104,11 +103,11 @@ def load_image_encoder(settings: Settings) -> ImageEncoderStage:
     vae, fingerprint = _load(VAELayout(model.vae), files.vae if files else None, settings, dtype=torch.float32)
     del vae.decoder
     settle_gpu(settings.device)
-    stage = ImageEncoderStage(vae, model, cache_entries=settings.image_cache_entries, fingerprint=fingerprint)
-    width, height = RESOLUTIONS[model.default_resolution]["16:9"]
-    vae.encode_image(torch.zeros(3, height, width, device=settings.device), num_frames=model.default_num_frames)
+    warm_image_encoder(vae, settings)
     settle_gpu(settings.device)
-    return stage
+    return ImageEncoderStage(
+        vae, model, cache_entries=settings.image_cache_entries, fingerprint=fingerprint, room=_room(settings)
+    )
 
 
 def load_denoiser(
@@ -162,11 +161,13 @@ def load_denoiser(
             "linear_kind": experts.select(0).linear_kind,
             "self_check": "passed",
         },
+        room=_room(settings),
         max_queue_size=settings.max_queue_size,
         cancellations=cancellations,
         store=None if open_store is None else open_store(decisive),
     )
-    _warm_denoiser(stage, model)
+    warm_denoiser(stage, experts.networks, settings)
+    settle_gpu(settings.device)
     return stage
 
 
@@ -226,8 +227,8 @@ def load_vae_decoder(settings: Settings, *, cancellations: Cancellations | None 
     _prepare_process(settings)
     model, files = settings.served_model, _find_files(settings)
     vae, fingerprint = _load(VAELayout(model.vae), files.vae if files else None, settings)
-    _, h, w = _warm_shape(model)
     if settings.device.type == "cuda":
+        _, h, w = default_latent_shape(model)
         error = vae.kernel_error(torch.randn(1, model.vae.z_dim, 2, h, w, generator=torch.Generator().manual_seed(0)))
         if error > _LARGEST_DECODE_ERROR:
             raise Misconfigured(f"the VAE's kernels fail their self-check: {error:.3f} from the plain layers")
@@ -237,17 +238,17 @@ def load_vae_decoder(settings: Settings, *, cancellations: Cancellations | None 
         max_batch_size=settings.max_batch_size,
         max_batch_pixels=_BATCH_PIXELS,
         fingerprint=fingerprint,
+        room=_room(settings),
         cancellations=cancellations,
     )
-    request = DecodeRequest(
-        latents=torch.zeros(model.vae.z_dim, 2, h, w),
-        report={"stages": {}, "parameters": {}},
-        delivery=Delivery(container="raw"),
-    )
-    for _, update in stage.decode([request]):
-        if isinstance(update, TurboError):
-            raise update
+    warm_vae_decoder(stage, vae, settings)
+    settle_gpu(settings.device)
     return stage
+
+
+def _room(settings: Settings) -> int:
+    """Bytes of a GPU that stay free for the other stages: what all of them need at the largest preset."""
+    return max(workspace_bytes(model, settings.dtype) for model in settings.served_models)
 
 
 def _prepare_process(settings: Settings) -> None:
@@ -300,33 +301,3 @@ def _load(
             fingerprint = hashing.result()
     _log.info("%s: %s loaded in %.1f s", path or "random", type(net).__name__, time.perf_counter() - started)
     return net.eval().requires_grad_(False), fingerprint
-
-
-def _warm_shape(model: ModelConfig) -> tuple[int, int, int]:
-    return make_parameters(model, {}, seed=1).latent_shape
-
-
-def _warm_denoiser(stage: DenoiserStage, model: ModelConfig) -> None:
-    """A request of each attention type at the default size, that of the default type in full length.
-
-    The second step is measured, for predictions. Prompts of up to 31, of up to 63 and of more tokens take kernels of
-    their own.
-    """
-    _, h, w = _warm_shape(model)
-    conditioned = model.dit.in_channels - model.dit.out_channels
-    full = model.default_num_frames
-    for attention_type, num_frames, text_length in (("original", 9, 8), ("sla", 9, 48), ("sagesla", full, 96)):
-        num_latents = 1 + (num_frames - 1) // 4
-        image_latents = torch.zeros(conditioned, num_latents, h, w) if model.takes_image else None
-        request = DenoiseRequest(
-            text_embeddings=torch.zeros(model.dit.text_len, model.dit.text_dim),
-            text_length=text_length,
-            values={"NUM_STEPS": 2, "NUM_FRAMES": num_frames, "ATTENTION_TYPE": attention_type, "SEED": 1},
-            report={"stages": {}},
-            image_latents=image_latents,
-            preview=True,
-        )
-        for _, update in stage.denoise([request]):
-            if isinstance(update, TurboError):
-                raise update
-            assert isinstance(update, DenoisedStep)

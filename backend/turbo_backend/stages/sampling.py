@@ -27,8 +27,9 @@ from turbo_backend.stages.experts import Experts
 _PREVIEW_SIDE = 32
 #: Requests whose prompt stays prepared for an expert; that of others is prepared again at their next step.
 _MAX_CONTEXTS = 16
-#: Threads that draw noise, which takes one of them 40 ms for a step at 480p, and all of them at most a channel each.
-_NUM_NOISE_THREADS = min(8, available_processors())
+#: Threads that draw noise, at most one for each channel. One alone takes 40 ms for a step at 480p, and for its first
+#: noise a request waits.
+_NUM_NOISE_THREADS = min(16, available_processors())
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from turbo_backend.errors import InvalidArgument, TurboError
 from turbo_backend.memory import as_turbo_error, gpu_peak
@@ -39,10 +38,6 @@ class EncodedPrompt:
     def length(self) -> int:
         return self.embeddings.shape[0]
 
-    def padded(self, num_rows: int) -> torch.Tensor:
-        """float32 `[num_rows, text_dim]`: zeros behind the embeddings."""
-        return F.pad(self.embeddings, (0, 0, 0, num_rows - self.length))
-
     def report(self) -> dict[str, object]:
         """What later stages pass on to the caller."""
         stage = {
@@ -71,7 +66,7 @@ class TextEncoderStage:
     ) -> None:
         self._encoder = encoder
         self._tokenizer = tokenizer
-        self.text_len = text_len
+        self._text_len = text_len
         self._cache_entries = cache_entries
         self._fingerprint = fingerprint
         self._cache: OrderedDict[tuple[int, ...], torch.Tensor] = OrderedDict()
@@ -123,8 +118,8 @@ class TextEncoderStage:
         if not cleaned:
             raise InvalidArgument("PROMPT", text, "a description of the video, not empty")
         tokens = self._tokenizer.encode(cleaned)
-        if len(tokens) > self.text_len:
-            raise InvalidArgument("PROMPT", f"{len(tokens)} tokens", f"at most {self.text_len} tokens long")
+        if len(tokens) > self._text_len:
+            raise InvalidArgument("PROMPT", f"{len(tokens)} tokens", f"at most {self._text_len} tokens long")
         return tokens
 
     @torch.inference_mode()

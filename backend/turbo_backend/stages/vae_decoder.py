@@ -72,6 +72,7 @@ class VAEDecoderStage:
         max_batch_size: most requests that one batch may decode together.
         max_batch_pixels: most pixels (frames x height x width, all members) that one batch may decode together.
         fingerprint: of the weights, for the report.
+        room: bytes of GPU memory that shall be free for others between batches.
         cancellations: where requests are given up; None where nobody can.
     """
 
@@ -82,12 +83,14 @@ class VAEDecoderStage:
         max_batch_size: int,
         max_batch_pixels: int,
         fingerprint: str,
+        room: int = 0,
         cancellations: Cancellations | None = None,
     ) -> None:
         self._vae = vae
         self._fingerprint = fingerprint
         self._max_batch_size = max_batch_size
         self._max_batch_pixels = max_batch_pixels
+        self._room = room
         self._cancellations = cancellations
 
     @torch.inference_mode()
@@ -110,7 +113,7 @@ class VAEDecoderStage:
             for first in range(0, len(members), at_once):
                 group = {index: requests[index] for index in members[first : first + at_once]}
                 yield from self._heed_cancellations(group, self._decode_group(list(group), list(group.values())))
-        release_workspace()
+        release_workspace(self._device, room=self._room)
 
     def is_cancelled(self, request: DecodeRequest) -> bool:
         """Whether a request has been given up."""

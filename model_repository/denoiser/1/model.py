@@ -19,6 +19,7 @@ EMPTY_LATENTS = torch.empty(16, 0, 0, 0)
 
 
 class TritonPythonModel:
+    @triton.tells_failure
     def initialize(self, args):
         self._cancellations = Cancellations.of_server()
         settings = triton.read_settings(args)

@@ -7,6 +7,7 @@ from turbo_backend.stages.loading import load_image_encoder
 
 
 class TritonPythonModel:
+    @triton.tells_failure
     def initialize(self, args):
         self._stage = load_image_encoder(triton.read_settings(args))
         self._lookups = triton.Counter(

@@ -11,6 +11,7 @@ from turbo_backend.settings import Settings
 
 
 class TritonPythonModel:
+    @triton.tells_failure
     def initialize(self, args):
         self._guard = StandstillGuard()
         settings = Settings.from_environment()

@@ -6,6 +6,7 @@ from turbo_backend.stages.loading import load_text_encoder
 
 
 class TritonPythonModel:
+    @triton.tells_failure
     def initialize(self, args):
         self._stage = load_text_encoder(triton.read_settings(args))
 
@@ -27,7 +28,7 @@ class TritonPythonModel:
         if isinstance(outcome, TurboError):
             return triton.error_response(outcome, request.request_id())
         return triton.response(
-            triton.write_tensor("TEXT_EMBEDDINGS", outcome.padded(self._stage.text_len)),
+            triton.write_tensor("TEXT_EMBEDDINGS", outcome.embeddings),
             triton.write_integer("TEXT_LENGTH", outcome.length),
             triton.write_json("TEXT_REPORT", outcome.report()),
         )

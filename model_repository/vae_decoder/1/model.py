@@ -18,6 +18,7 @@ NO_FRAMES = np.empty((0, 0, 0, 3), np.uint8)
 
 
 class TritonPythonModel:
+    @triton.tells_failure
     def initialize(self, args):
         self._cancellations = Cancellations.of_server()
         self._stage = load_vae_decoder(triton.read_settings(args), cancellations=self._cancellations)
