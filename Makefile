@@ -34,7 +34,7 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 test: $(STAMP)  ## all tests that need no GPU, the real server included
 	$(BIN)/python -m pytest -m "not gpu"
 
-server: $(STAMP)  ## only the tests against a real Triton server
+server: $(STAMP)  ## only the tests against a real Triton server, its loads of minutes included
 	$(BIN)/python -m pytest -m server
 
 gpu: $(STAMP)  ## only the tests that need a CUDA GPU
@@ -44,7 +44,7 @@ bench: $(STAMP)  ## serving overhead, batching, loading memory (CPU, tiny model)
 	$(BIN)/python tests/benches/bench_serving.py
 	$(BIN)/python tests/benches/bench_checkpoint_memory.py
 
-bench-reliability: $(STAMP)  ## kill, soak, crowd and cancel on the real server (CPU, tiny model, 10 minutes)
+bench-reliability: $(STAMP)  ## the loads of tests/reliability with times and memory (CPU, tiny model, 12 minutes)
 	$(BIN)/python tests/benches/bench_reliability.py
 
 bench-gpu: $(STAMP)  ## the table of targets on one CUDA GPU, each part's oracle before its times

@@ -219,10 +219,14 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def current_commit() -> str:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return "not a checkout" if git.returncode else git.stdout.strip()
+
+
 def main() -> None:
     arguments = parse()
     results = {name: MEASURES[name](arguments) for name in arguments.only}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     met = all(result["met"] for result in results.values())
     print(
         json.dumps(
@@ -232,7 +236,7 @@ def main() -> None:
                 "met": met,
                 "processors": os.cpu_count(),
                 "versions": versions(),
-                "commit": arguments.commit or git.stdout.strip(),
+                "commit": arguments.commit or current_commit(),
             },
             ensure_ascii=False,
         )

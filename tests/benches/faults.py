@@ -57,11 +57,11 @@ def kill_under_load(under_load: JobServer, kills: int, seed: int) -> Faults:
             time.sleep(draw.uniform(0.5, 3.0))
         else:
             under_load.wait_whole()
-            states = Counter(job.state for job in _insist(client.jobs.list))
+            states = Counter(job.state for job in insist(client.jobs.list))
             for _ in range(5 - states["queued"] - states["running"]):
                 index, job_id = draw.randrange(len(SHAPES)), f"fault-{len(jobs)}"
                 request = {**SHAPES[index], "request_id": job_id, "priority_level": draw.randrange(10)}
-                _insist(lambda request=request: client.jobs.submit(**request))
+                insist(lambda request=request: client.jobs.submit(**request))
                 jobs[job_id] = videos[index]
             time.sleep(draw.uniform(0.0, 1.5))
         faults.killed[_kill_one(under_load, draw)] += 1
@@ -71,7 +71,7 @@ def kill_under_load(under_load: JobServer, kills: int, seed: int) -> Faults:
                 faults.different.append(job_id)
         except TurboDiffusionError as error:
             faults.lost.append(f"{job_id}: {error}")
-    kept = {job.job_id: job for job in _insist(client.jobs.list)}
+    kept = {job.job_id: job for job in insist(client.jobs.list)}
     faults.lost += sorted(jobs.keys() - kept.keys())
     faults.jobs, faults.resumes = len(jobs), sum(job.resumes for job in kept.values())
     under_load.stop()
@@ -79,7 +79,7 @@ def kill_under_load(under_load: JobServer, kills: int, seed: int) -> Faults:
     return faults
 
 
-def _insist(call: Callable[[], _Answer]) -> _Answer:
+def insist(call: Callable[[], _Answer]) -> _Answer:
     """Asks until a server answers: one that has just lost a process cannot, and a new one may wait for the store."""
     while True:
         try:

@@ -15,7 +15,8 @@ from turbo_backend.server.process import TritonServer
 from turbo_backend.settings import list_variables
 from turbo_client import Client, RetryPolicy
 
-MODELS = {"tritonserver", "text_encoder", "denoiser", "vae_decoder", "jobs"}
+#: Of a server that is whole.
+PROCESSES = {"supervisor", "tritonserver", "text_encoder", "denoiser", "vae_decoder", "jobs"}
 
 
 class JobServer:
@@ -70,13 +71,8 @@ class JobServer:
 
     @property
     def processes(self) -> dict[str, int]:
-        """Ids of its living processes, by model; the supervisor is the one that Triton's own process hangs on."""
-        pid = self.server.pid
-        found = find_processes(pid)
-        if found:
-            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-            found["supervisor"] = int(stat.rpartition(")")[2].split()[1])
-        return found
+        """Ids of its living processes, by model; the supervisor among them."""
+        return find_processes(self.server.pid)
 
     def wait_whole(self) -> None:
         """Returns when the server is ready and no process of it is missing.
@@ -84,7 +80,7 @@ class JobServer:
         Raises:
             RuntimeError: it has ended for good.
         """
-        while not (self.processes.keys() >= MODELS and self._is_ready()):
+        while not (self.processes.keys() >= PROCESSES and self._is_ready()):
             if self.server.poll() is not None:
                 raise RuntimeError(f"the server is gone: {self._log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.05)

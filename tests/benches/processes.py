@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from turbo_backend.server import supervisor
 from turbo_backend.server.supervisor import child_states
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (where POSIX puts it, not a temporary file of ours)
 
 
 def find_processes(server_pid: int | None) -> dict[str, int]:
-    """Ids of the living processes of a tritonserver by the name of their model, and `tritonserver`'s own."""
+    """Ids of a tritonserver's living processes: by their models' names, its own, and its supervisor's if it has one."""
     if server_pid is None or not _command(server_pid):
         return {}
     found = {"tritonserver": server_pid}
@@ -21,6 +22,9 @@ def find_processes(server_pid: int | None) -> dict[str, int]:
         words = _command(pid)
         if state != "Z" and len(words) > 1 and words[1].endswith("model.py"):
             found[Path(words[1]).parent.parent.name] = pid
+    parent = _parent(server_pid)
+    if parent is not None and supervisor.__file__ in _command(parent):
+        found["supervisor"] = parent
     return found
 
 
@@ -59,6 +63,15 @@ def find_leftovers(prefix: str) -> set[str]:
         if prefix in command:
             found.add(f"{folder.name}: {command}")
     return found
+
+
+def _parent(pid: int) -> int | None:
+    """The process whose child `pid` is; None once that has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(stat.rpartition(")")[2].split()[1])  # the name, in parentheses, may hold anything
 
 
 def _command(pid: int) -> list[str]:

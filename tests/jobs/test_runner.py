@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from turbo_backend.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted, TurboError, Unavailable
+from turbo_backend.errors import (
+    AlreadyExists,
+    InvalidArgument,
+    Misconfigured,
+    NotFound,
+    ResourceExhausted,
+    TurboError,
+    Unavailable,
+)
 from turbo_backend.jobs.names import step_name
 from turbo_backend.jobs.outcome import MAX_FAILURES, MAX_OWN_FAILURES, AttemptFailed, Verdict, judge
 from turbo_backend.jobs.queue import OVERTAKING, JobQueue
 from turbo_backend.jobs.records import Job, JobRequest, JobState
 from turbo_backend.jobs.runner import JobRunner, Limits, Update
 from turbo_backend.jobs.service import Call, JobService
-from turbo_backend.jobs.storage import Storage
+from turbo_backend.jobs.storage import Folder, Storage
 from turbo_backend.jobs.store import JobStore
 
 from .conftest import MODELS_SERVED
@@ -322,6 +333,47 @@ def test_a_store_that_is_full_for_a_while_costs_a_job_nothing(
     runner.submit(ask("one"), None)
     wait(runner, "one", JobState.DONE)
     assert ensemble.runs == {"one": 2}
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "words"),
+    [
+        (errno.ENOSPC, ResourceExhausted, "is full: No space left"),
+        (errno.EROFS, Misconfigured, "Read-only file system"),
+    ],
+)
+def test_a_disk_that_takes_no_more_refuses_submissions_and_loses_no_job(
+    tmp_path: Path, ask: Ask, ensemble: Ensemble, number: int, error: type[TurboError], words: str
+) -> None:
+    runner = JobRunner(JobStore(Folder(tmp_path)), ensemble.generate, ensemble, LIMITS, lambda what, model: None)
+    ensemble.hold.clear()
+    runner.submit(ask("running"), None)
+    assert ensemble.started.acquire(timeout=60)
+
+    refused = threading.Semaphore(0)
+
+    def refuse(source: object, target: object) -> None:
+        refused.release()
+        raise OSError(number, os.strerror(number))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(error, match=words):
+            runner.submit(ask("late"), None)
+        assert refused.acquire(timeout=60)
+        ensemble.hold.set()
+        assert refused.acquire(timeout=60), "its video cannot be kept"
+        assert runner.get("running").state is not JobState.DONE
+        with pytest.raises(NotFound):
+            runner.get("late")
+    wait(runner, "running", JobState.DONE)
+    runner.submit(ask("late"), None)
+    wait(runner, "late", JobState.DONE)
+    runner.stop()
+    runner.join()
+    kept = JobStore(Folder(tmp_path))
+    assert [(job.job_id, job.state) for job in kept.all()] == [("running", JobState.DONE), ("late", JobState.DONE)]
+    assert list(tmp_path.rglob("*.part")) == []
 
 
 def test_a_full_store_forgets_the_finished_and_then_refuses(

@@ -8,7 +8,7 @@ import pytest
 from faults import kill_under_load
 from job_server import JobServer
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.reliability]
 
 KILLS = 50
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from job_server import MODELS, JobServer
+from job_server import PROCESSES, JobServer
 from loads import SHAPES, MixedLoad, cancel_jobs, send_drafts
 from processes import resident_mb
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.reliability]
 
 
 @pytest.mark.timeout(1200)
@@ -22,7 +22,7 @@ def test_sixty_four_callers_for_two_minutes_get_what_they_ask_for_and_leave_noth
     told = f"resident MB after 100 requests {first}, at the end {end}"
     assert sum(end.values()) <= 1.05 * sum(first.values()), told
     # Triton's own process is judged with the others: 2.51 keeps some 50 kB of each stream that is cut off.
-    assert all(end[name] <= 1.05 * first[name] for name in MODELS - {"tritonserver"}), told
+    assert all(end[name] <= 1.05 * first[name] for name in PROCESSES - {"tritonserver"}), told
 
 
 def test_a_cancelled_job_tells_at_most_one_step_more(under_load: JobServer) -> None:

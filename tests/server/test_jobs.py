@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from faults import insist
 from processes import find_processes
 
 from turbo_backend.server.process import TritonServer
@@ -181,6 +182,17 @@ def test_a_job_survives_a_killed_process_to_the_same_bytes(
     assert client.jobs.result(job_id).data == expected
     assert client.jobs.status(job_id).resumes == 1
     assert list(store.rglob("*.part")) == []
+
+
+def test_a_process_that_hangs_does_not_keep_the_store_from_the_next_server(
+    server: TritonServer, client: Client, undisturbed: Callable[..., bytes]
+) -> None:
+    processes = find_processes(server.pid)
+    os.kill(processes["jobs"], signal.SIGSTOP)
+    os.kill(processes["supervisor"], signal.SIGKILL)
+    insist(lambda: client.jobs.submit(**SHORT, request_id="after-a-hang"))
+    assert client.jobs.result("after-a-hang").data == undisturbed(**SHORT)
+    assert not Path(f"/proc/{processes['jobs']}").exists()
 
 
 def test_a_stop_does_not_wait_for_jobs_and_the_next_start_goes_on(
