@@ -85,6 +85,8 @@ def measure_soak(arguments: argparse.Namespace) -> Result:
             return resident | (gpu_mb() if arguments.gpu else {})
 
         load = MixedLoad(client, shapes_of(arguments), callers=arguments.callers, seed=arguments.seed)
+        if not arguments.url:
+            load.fill_batches()
         load.run(arguments.first)
         first = weigh()
         load.run(arguments.requests)
@@ -156,10 +158,10 @@ def measure_cancel(arguments: argparse.Namespace) -> Result:
 def measure_drafts(arguments: argparse.Namespace) -> Result:
     """How long drafts wait among finals that keep the server busy."""
     with reach(arguments) as (client, _):
-        drafts = send_drafts(client, arguments.drafts, finals=8)
+        drafts = send_drafts(client, arguments.drafts, finals=4)
     turns, wait = percentile(drafts.turns_waited, 95), percentile(drafts.milliseconds, 95)
     step = drafts.final_step_milliseconds
-    print(f"drafts: {arguments.drafts} among 8 finals: p95 waited for {turns:.0f} steps of finals, {wait:.0f} ms")
+    print(f"drafts: {arguments.drafts} among 4 finals: p95 waited for {turns:.0f} steps of finals, {wait:.0f} ms")
     print(f"  at most {max(drafts.turns_waited)}; a step of the finals {step or float('nan'):.0f} ms")
     return {
         "drafts": arguments.drafts,

@@ -41,9 +41,9 @@ def gpu_mb() -> dict[str, float]:
     """Memory used of each GPU as `gpu INDEX`, and by each process on them that the driver lets us see, in MB."""
     found = {f"gpu {index}": float(used) for index, used in _ask_nvidia_smi("gpu", "index,memory.used")}
     for pid, used in _ask_nvidia_smi("compute-apps", "pid,used_memory"):
-        words = _command(int(pid))
-        name = Path(words[1]).parent.parent.name if len(words) > 1 and words[1].endswith("model.py") else f"pid {pid}"
-        if used.isdecimal():  # it may say [N/A]
+        if pid.isdecimal() and used.isdecimal():  # either may be [N/A]
+            words = _command(int(pid))
+            name = Path(words[1]).parent.parent.name if words[1:] and words[1].endswith("model.py") else f"pid {pid}"
             found[f"{name} on gpu"] = found.get(f"{name} on gpu", 0.0) + float(used)
     return found
 

