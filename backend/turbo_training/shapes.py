@@ -64,7 +64,7 @@ FULL = RunShape(
     vae=StageShape(max_steps=40_000, share=0.22, batch_size=8, learning_rate=2e-3),
     text=StageShape(max_steps=6_000, share=0.03, batch_size=512, learning_rate=1e-3),
     latents=LatentsShape(num_clips=32_000, share=0.055),
-    teacher=StageShape(max_steps=60_000, share=0.25, batch_size=64, learning_rate=1e-3),
+    teacher=StageShape(max_steps=60_000, share=0.25, batch_size=64, learning_rate=2e-3),
     sla=StageShape(max_steps=10_000, share=0.045, batch_size=64, learning_rate=2e-4),
     rcm=StageShape(max_steps=30_000, share=0.20, batch_size=16, learning_rate=1e-4),
     i2v_latents=LatentsShape(num_clips=8_000, share=0.03),
