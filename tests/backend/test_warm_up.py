@@ -25,6 +25,7 @@ from turbo_backend.stages.warm_up import (
     encode_presets,
     fitting,
     list_presets,
+    wait_for_room,
     whole_server,
 )
 
@@ -100,6 +101,13 @@ def test_what_does_not_fit_is_left_out_aloud(caplog: pytest.LogCaptureFixture) -
         assert fit(capacity, free) == at_480p
         assert [message.split()[0] for message in caplog.messages] == ["1280x720", "1280x704"]
     assert fit(8 * GIB, 8 * GIB) == []
+
+
+def test_warm_up_waits_for_stages_that_load_but_not_for_ever() -> None:
+    seen = iter([1, 2, 2, 7, 9])
+    wait_for_room(6, lambda: next(seen), pause=0.001)
+    assert next(seen) == 9, "it went on as soon as there was room"
+    wait_for_room(6, lambda: 5, seconds=0.01, pause=0.001)
 
 
 def test_experts_that_may_be_swapped_count_once() -> None:

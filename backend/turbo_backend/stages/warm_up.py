@@ -7,6 +7,7 @@ new shape: so every served preset is visited that the GPU holds. On a CPU nothin
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -32,6 +33,8 @@ _log = logging.getLogger(__name__)
 _FEW_BLOCKS = 2
 #: Frames of a video of two latent frames: the first runs through other code than all that follow.
 _FEW_FRAMES = 5
+#: The other stages load at the same time, and some need more for it than they hold later.
+_LOADING_SECONDS = 180.0
 
 
 def list_presets(model: ModelConfig, aspect_ratios: Sequence[str] = ASPECT_RATIOS) -> list[GenerationParameters]:
@@ -113,7 +116,22 @@ def warm_denoiser(stage: DenoiserStage, networks: Sequence[WanDiT], settings: Se
     presets = list(_fitting_gpu(list_presets(model, ("16:9",)), settings, needed))
     for net in networks:
         denoise_presets(net, presets, device=device, dtype=dtype, provider=settings.provider)
+    if device.type == "cuda":
+        default = make_parameters(model, {}, seed=1)
+        most = max(needed(default), decoder_bytes(model.vae, default, dtype, device=device))
+        wait_for_room(most, lambda: free_bytes(device))
     _run_default_requests(stage, model, offered_types(settings.provider))
+
+
+def wait_for_room(
+    needed: int, free: Callable[[], int], *, seconds: float = _LOADING_SECONDS, pause: float = 0.5
+) -> None:
+    """Returns when so many bytes are free, or after `seconds`: then what comes says itself what it lacks."""
+    ends = time.monotonic() + seconds
+    if free() < needed:
+        _log.info("warm-up waits until the other stages have loaded and %.1f GiB are free", needed / 2**30)
+    while free() < needed and time.monotonic() < ends:
+        time.sleep(pause)
 
 
 @torch.inference_mode()
