@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: `last_answer`: of the last call of a model in this thread. Triton's own thread that delivers responses may be the
-#: last to let go of one, and in 2.51 it then frees its arrays without holding the interpreter's lock, which corrupts
-#: memory. It delivers one after another: once the next call has ended, that response is long the caller's alone.
+#: `last`: the responses to the last call of a model in this thread. Triton's own threads that deliver responses and
+#: forget calls may be the last to let go of them, and in 2.51 they then free arrays without holding the interpreter's
+#: lock, which corrupts memory. Once the next call has ended, they are long done.
 _calls = threading.local()
 
 
@@ -247,7 +247,7 @@ def call_model(
     Yields:
         Each output's one value by name, bytes or a Python scalar; the message where the model answered with an error.
     """
-    answer = None
+    responses = None
     request = pb_utils.InferenceRequest(
         model_name=model,
         inputs=list(inputs),
@@ -256,7 +256,8 @@ def call_model(
         parameters=dict(parameters),
     )
     try:
-        for answer in request.exec(decoupled=True):
+        responses = request.exec(decoupled=True)
+        for answer in responses:
             if answer.has_error():
                 yield str(answer.error().message())
             elif answer.output_tensors():  # the final response of a stream may be empty
@@ -265,7 +266,7 @@ def call_model(
     except pb_utils.TritonModelException as error:  # this model is not served yet
         yield str(error)
     finally:
-        _calls.last_answer = answer
+        _calls.last = responses
 
 
 class Gauge:

@@ -181,9 +181,8 @@ def cancel_jobs(client: Client, jobs: int, seed: int) -> Cancels:
     cancels = Cancels()
     for _ in range(5):
         cancels.step_milliseconds += client.generate(**LONG).report["stages"]["denoiser"]["step_milliseconds"]
-    for number in range(jobs):
-        job_id, at = f"cancel-{number}", draw.choice((1, 2, 3))
-        client.jobs.submit(**LONG, request_id=job_id)
+    for _ in range(jobs):
+        job_id, at = client.jobs.submit(**LONG).job_id, draw.choice((1, 2, 3))
         while client.jobs.status(job_id).step < at:
             time.sleep(0.01)
         before = client.jobs.cancel(job_id)
@@ -194,6 +193,7 @@ def cancel_jobs(client: Client, jobs: int, seed: int) -> Cancels:
         cancels.further_steps.append(_num_told(job) - _num_told(before))
         if job.state != "cancelled":
             cancels.not_cancelled.append(job_id)
+        client.jobs.delete(job_id)
     return cancels
 
 
