@@ -60,7 +60,10 @@ def test_a_killed_model_process_ends_its_request_and_the_server_comes_back(
     assert client.generate(**REQUEST).data == before.data
     assert server.grpc_url == url
     assert server.poll() is None
-    assert f"the process of model '{model}' (pid {pid}) died of SIGKILL; restarting tritonserver" in caplog.text
+    # Triton 2.51 may abort by itself before the death of its model process is seen.
+    said = f"the process of model '{model}' (pid {pid}) died of SIGKILL", "tritonserver ended by itself"
+    assert any(reason in caplog.text for reason in said)
+    assert "restarting tritonserver" in caplog.text
     assert leftovers(prefix) == [], "nothing is left of the server that broke"
 
 
