@@ -95,6 +95,11 @@ class MixedLoad:
                 videos = pool.map(lambda shape: self._client.generate(**shape).data, [shape] * 16)
                 self.outcomes.update("whole" if video == expected else "a video that differs" for video in videos)
 
+    def settle(self) -> None:
+        """Sends a few equal requests one by one, so that memory is compared at rest and after the same work."""
+        for _ in range(3):
+            self._client.generate(**self._shapes[0])
+
     def run(self, requests: int, seconds: float = 0.0) -> None:
         """Sends on until there were `requests` in all and `seconds` have passed; returns when none is left."""
         ends = time.monotonic() + seconds
