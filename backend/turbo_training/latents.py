@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from turbo_backend.nets.vae import WanVAE
@@ -123,6 +124,8 @@ def write_latents(
             torch.cuda.synchronize(device)  # else the queue, not the time, would end this
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
+    longest = max(token_ids.shape[1] for token_ids in parts["token_ids"])
+    parts["token_ids"] = [F.pad(token_ids, (0, longest - token_ids.shape[1])) for token_ids in parts["token_ids"]]
     torch.save({name: torch.cat(some).cpu() for name, some in parts.items() if some}, temporary)
     temporary.replace(path)
 
@@ -136,5 +139,5 @@ def load_bank(path: Path, texts: TextSource) -> LatentBank:
         state.get("images"),
         text.embeddings.unflatten(0, (-1, _CAPTIONS)),
         text.lengths.unflatten(0, (-1, _CAPTIONS)),
-        texts.embed([""], num_rows=_ROWS),
+        texts.embed([""], num_rows=state["token_ids"].shape[1]),
     )
