@@ -136,7 +136,8 @@ def measure_quality(
         Path | None, typer.Option(help="Folder of the model `tiny`; by default the embedded one.")
     ] = None,
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts, half of them Chinese.")] = 40,
-    variants: Annotated[int, typer.Option(min=1, help="Prompts for each variant.")] = 8,
+    compared: Annotated[int, typer.Option(min=1, help="Prompts for 2 steps, dense attention and int8.")] = 24,
+    variants: Annotated[int, typer.Option(min=1, help="Prompts for each other variant.")] = 6,
     teacher: Annotated[int, typer.Option(min=0, help="Prompts for the teacher: minutes each on a CPU.")] = 0,
     images: Annotated[int, typer.Option(min=0, help="Images for image-to-video.")] = 12,
     frames: Annotated[int, typer.Option(min=5, help="Frames of each clip.")] = 33,
@@ -148,7 +149,8 @@ def measure_quality(
     folder = weights or tiny_checkpoint_folder()
     plan = Plan(
         num_prompts=prompts,
-        num_variant_prompts=min(variants, prompts),
+        num_compared_prompts=compared,
+        num_variant_prompts=variants,
         num_teacher_prompts=min(teacher, prompts),
         num_image_prompts=images,
         num_frames=frames,

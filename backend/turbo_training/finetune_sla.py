@@ -22,7 +22,7 @@ from turbo_training.attention_forward import SPARSE, TrainingAttention
 from turbo_training.flow import draw_times, expand, velocity_of
 from turbo_training.latents import LatentBank
 from turbo_training.shapes import StageShape
-from turbo_training.train_teacher import DROPPED
+from turbo_training.train_teacher import DROPPED, is_block_matrix
 from turbo_training.trainer import EMA, Stage, set_learning_rate
 
 TOPKS = (0.05, 0.10, 0.15)
@@ -62,12 +62,12 @@ class SparseStage(Stage):
         self.net = net.requires_grad_(True)
         self.average = WanDiT(net.config).to(device)
         self.modules = {"net": self.net, "ema": self.average}
-        self.optimizer = self.make_optimizer(self.net.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-        self.optimizers = {"net": self.optimizer}
+        self.optimizers = self.make_optimizers(self.net, is_block_matrix, betas=(0.9, 0.98), weight_decay=0.01)
         self._ema = EMA(self.net, self.average, decay=0.998)
 
     def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
-        set_learning_rate(self.optimizer, self.size.learning_rate, index, progress, warmup=100)
+        for optimizer in self.optimizers.values():
+            set_learning_rate(optimizer, self.size.learning_rate, index, progress, warmup=100)
         attention = draw_attention(self.generator)
         losses = self.recorded.run(attention, lambda: self._update(attention))
         self._ema.update(index)
@@ -84,10 +84,11 @@ class SparseStage(Stage):
                 with torch.no_grad():
                     v_teacher = velocity_of(self.teacher, compiled=self.is_on_gpu)(x, t, condition)
                 losses["dense"] = F.mse_loss(v, v_teacher)
-        self.optimizer.zero_grad()
+        self.net.zero_grad()
         torch.stack(list(losses.values())).mean().backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
         return losses
 
 

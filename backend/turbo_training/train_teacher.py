@@ -32,7 +32,7 @@ class TeacherStage(Stage):
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_("proj_l" not in name)
         self._trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
-        self.optimizers = self.make_optimizers(self.net, _is_inner, betas=(0.9, 0.98), weight_decay=0.01)
+        self.optimizers = self.make_optimizers(self.net, is_block_matrix, betas=(0.9, 0.98), weight_decay=0.01)
         self._velocity = velocity_of(self.net, compiled=self.is_on_gpu)
         self._ema = EMA(self.net, self.average, decay=0.9995)
 
@@ -57,7 +57,7 @@ class TeacherStage(Stage):
         return {"loss": loss, "gradient": norm}
 
 
-def _is_inner(name: str, parameter: nn.Parameter) -> bool:
+def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Matrices of the blocks."""
     return name.startswith("blocks.") and name.endswith(".weight") and parameter.dim() == 2
 
