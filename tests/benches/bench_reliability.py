@@ -80,6 +80,7 @@ def measure_soak(arguments: argparse.Namespace) -> Result:
     with reach(arguments) as (client, pid):
 
         def weigh() -> dict[str, float]:
+            load.settle()
             time.sleep(2.0)  # what the last requests used is given back
             resident = {f"{name} resident": mb for name, mb in resident_mb(find_processes(pid)).items()}
             return resident | (gpu_mb() if arguments.gpu else {})

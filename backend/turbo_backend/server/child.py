@@ -140,6 +140,11 @@ class TritonProcess:
         """Why models could not be loaded, as they say; empty where none says anything."""
         return self._start_failures.read()
 
+    def read_deaths(self) -> dict[int, int]:
+        """Of a server that has ended by itself: which of its processes signals ended before, and their statuses."""
+        with self._control.makefile("rb") as lines:
+            return {int(pid): int(status) for _, pid, status in map(bytes.split, lines)}
+
     def request_stop(self, seconds: float) -> None:
         """Tells it to stop and returns at once; it is killed after so many seconds."""
         with contextlib.suppress(OSError):  # it has ended already

@@ -239,11 +239,12 @@ class TritonServer:
     def _find_failure(self) -> str | None:
         """What has died of a server that was ready, in words."""
         assert self._process is not None
-        code = self._process.poll()
-        if code is not None:
-            return f"tritonserver ended by itself with status {code}"
         assert self._models is not None
-        return self._models.find_dead()
+        code = self._process.poll()
+        if code is None:
+            return self._models.find_dead()
+        died = self._models.find_among(self._process.read_deaths())
+        return died or f"tritonserver ended by itself with status {code}"
 
     def _give_up(self) -> None:
         self._final_code = self._end(self._restart_grace)

@@ -9,6 +9,8 @@ Run by path as `python -I -S supervisor.py SOCKET GRACE SHM_PREFIX FOLDER COMMAN
   more and the server still does not end;
 - waits for all that the server leaves behind (it is their reaper), then removes the shared memory files that begin
   with SHM_PREFIX, and FOLDER;
+- writes `died PID STATUS` for each process of a server that ended by itself that a signal of somebody else ended too,
+  with its status as `waitpid` gives it: the server may not outlive a model process long enough for the launcher to see;
 - exits with the server's exit status, or 128 + N when signal N ended it; 0 when the signal was this process's own and
   nothing was in flight.
 
@@ -53,8 +55,11 @@ def main(arguments: list[str]) -> int:
     server = _spawn(command, control, libc.prctl)
     with contextlib.suppress(OSError):  # the launcher is gone already; the closed socket is seen below
         control.sendall(f"{server}\n".encode("ascii"))
-    status = _supervise(server, control, wakeup, grace)
-    _reap_the_rest(server)
+    died: dict[int, int] = {}
+    status = _supervise(server, control, wakeup, grace, died)
+    _reap_the_rest(server, died)
+    with contextlib.suppress(OSError):
+        control.sendall("".join(f"died {pid} {code}\n" for pid, code in died.items()).encode("ascii"))
     remove_shared_memory(shm_prefix)
     shutil.rmtree(folder, ignore_errors=True)
     return status
@@ -99,14 +104,18 @@ def child_states(pid: int) -> dict[int, str]:
     return states
 
 
-def _supervise(server: int, control: socket.socket, wakeup: int, grace: float) -> int:
-    """Waits for the server's end and brings it about when told to; returns its exit status."""
+def _supervise(server: int, control: socket.socket, wakeup: int, grace: float, died: dict[int, int]) -> int:
+    """Waits for the server's end and brings it about when told to; returns its exit status.
+
+    Args:
+        died: takes the statuses of the server's children that signals ended.
+    """
     deadline: float | None = None
     idle_deadline: float | None = None
     was_idle = False
     watched: list[int | socket.socket] = [control, wakeup]
     while True:
-        status = _reap(server)
+        status = _reap(server, died)
         if status is not None:
             return 0 if was_idle and status == 128 + signal.SIGKILL else status
         now = time.monotonic()
@@ -138,8 +147,8 @@ def _supervise(server: int, control: socket.socket, wakeup: int, grace: float) -
             deadline = min(deadline or math.inf, time.monotonic() + seconds)
 
 
-def _reap(server: int) -> int | None:
-    """Collects children that ended; the server's exit status if it is among them."""
+def _reap(server: int, died: dict[int, int]) -> int | None:
+    """Collects children that ended, those that a signal ended in `died`; the server's exit status if it is there."""
     found: int | None = None
     while True:
         try:
@@ -151,14 +160,21 @@ def _reap(server: int) -> int | None:
         if child == server:
             code = os.waitstatus_to_exitcode(status)
             found = code if code >= 0 else 128 - code
+        elif os.WIFSIGNALED(status):
+            died[child] = status
 
 
-def _reap_the_rest(server: int) -> None:
-    """Waits for the model processes, which were reparented to this one, and kills those that stay."""
+def _reap_the_rest(server: int, died: dict[int, int]) -> None:
+    """Waits for the model processes, which were reparented to this one, and kills those that stay.
+
+    Args:
+        died: as for `_supervise`; takes those that signals ended before.
+    """
     deadline = time.monotonic() + _STUB_GRACE_SECONDS
     while _children():
-        _reap(server)
+        _reap(server, died)
         if time.monotonic() >= deadline:
+            died = {}
             _kill_group(server)
             for child in _children():  # whatever moved itself to a group of its own
                 with contextlib.suppress(ProcessLookupError):

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from turbo_backend.errors import Misconfigured
@@ -56,11 +56,19 @@ class ModelProcesses:
         dead = zombies & self._suspects
         self._suspects = zombies
         for pid in sorted(dead):
-            if pid in self._names or _read_stat(pid)[0] == _COMMAND_START:
-                model = self._names.get(pid, "unknown")
-                return f"the process of model {model!r} (pid {pid}) died{_cause(_read_stat(pid)[1])}"
-        self._names = {pid: name for pid, name in self._names.items() if pid in states}
+            command, status = _read_stat(pid)
+            if pid in self._names or command == _COMMAND_START:
+                return self._describe(pid, status)
+        if states:  # else the server itself has ended, and `find_among` may be asked whose processes went before it
+            self._names = {pid: name for pid, name in self._names.items() if pid in states}
         return None
+
+    def find_among(self, statuses: Mapping[int, int]) -> str | None:
+        """Which of these processes, with statuses as `waitpid` gives them, was a model's, in words, or None."""
+        return next((self._describe(pid, status) for pid, status in statuses.items() if pid in self._names), None)
+
+    def _describe(self, pid: int, status: int) -> str:
+        return f"the process of model {self._names.get(pid, 'unknown')!r} (pid {pid}) died{_cause(status)}"
 
 
 class Watchdog:
