@@ -1,4 +1,4 @@
-"""The embedded tiny model's files, made once."""
+"""The embedded tiny models' files: shipped, or made once."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from turbo_backend.errors import CheckpointError
 from turbo_backend.tokenizer import Tokenizer
 
 TINY = MODELS["tiny"]
+#: Its weights are not shipped yet.
+MADE = MODELS["tiny-I2V"]
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +38,22 @@ def _use_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_three_processes_at_once_make_one_folder(cache: Path) -> None:
-    script = "from turbo_backend.checkpoints import tiny_checkpoint_folder as f; print(f())"
+    script = """if True:
+        from turbo_backend.checkpoints import tiny_checkpoint_folder
+        from turbo_backend.config import MODELS
+        print(tiny_checkpoint_folder(MODELS["tiny-I2V"]))
+    """
     processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = {process.communicate(timeout=120)[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0]
-    assert outputs == {str(tiny_checkpoint_folder())}
-    assert [path.name for path in (cache / "turbodiffusion").iterdir()] == [tiny_checkpoint_folder().name]
+    assert outputs == {str(tiny_checkpoint_folder(MADE))}
+    assert [path.name for path in (cache / "turbodiffusion").iterdir()] == [tiny_checkpoint_folder(MADE).name]
 
 
 def test_is_not_made_twice() -> None:
-    folder = tiny_checkpoint_folder()
+    folder = tiny_checkpoint_folder(MADE)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert tiny_checkpoint_folder() == folder
+    assert tiny_checkpoint_folder(MADE) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
@@ -68,18 +74,18 @@ def test_loads_through_the_same_loader() -> None:
 
 
 def test_incomplete_folder_says_what_to_do(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = tmp_path / "turbodiffusion" / tiny_checkpoint_folder().name
+    broken = tmp_path / "turbodiffusion" / tiny_checkpoint_folder(MADE).name
     broken.mkdir(parents=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"4 files of tiny absent(.|\n)*remove that folder"):
-        tiny_checkpoint_folder()
+    with pytest.raises(CheckpointError, match=r"4 files of tiny-I2V absent(.|\n)*remove that folder"):
+        tiny_checkpoint_folder(MADE)
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "turbodiffusion").write_text("a file in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match="set XDG_CACHE_HOME"):
-        tiny_checkpoint_folder()
+        tiny_checkpoint_folder(MADE)
 
 
 def test_every_absent_file_is_named(tmp_path: Path) -> None:

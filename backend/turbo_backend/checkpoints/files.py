@@ -74,7 +74,8 @@ def find_files(
     if not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
         absent.append(f"{model.tokenizer}/ with {' or '.join(TOKENIZER_FILES)}")
     if absent or text_encoder is None or vae is None:
-        raise CheckpointError(_explain(model, folder, absent, quant_linear=quant_linear))
+        each = list(dict.fromkeys(absent))  # experts may share a file
+        raise CheckpointError(_explain(model, folder, each, quant_linear=quant_linear))
     return ModelFiles(dit=tuple(found_dit), text_encoder=text_encoder, vae=vae, tokenizer=tokenizer)
 
 

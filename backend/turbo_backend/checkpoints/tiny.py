@@ -33,15 +33,15 @@ This folder may be deleted at any time; it is made again when needed.
 def tiny_checkpoint_folder(model: ModelConfig = MODELS["tiny"]) -> Path:
     """Folder with an embedded model's denoisers, `tiny-umt5`, `tiny-VAE` (safetensors) and `tokenizer/`.
 
-    Weights shipped inside the package (`turbo_backend/tiny/`, of all embedded models together) are used where there
-    are any. Otherwise the folder is made in the user's cache (`$XDG_CACHE_HOME`, else `~/.cache`), under a name that
-    depends on the configuration. It appears whole or not at all, however many processes make it at once.
+    Of a model whose weights are shipped inside the package it is `turbo_backend/tiny/`. That of any other is made in
+    the user's cache (`$XDG_CACHE_HOME`, else `~/.cache`), under a name that depends on the configuration. It appears
+    whole or not at all, however many processes make it at once.
 
     Raises:
         CheckpointError: the cache folder cannot be written.
     """
     shipped = Path(turbo_backend.__file__).parent / "tiny"
-    if shipped.is_dir():
+    if (shipped / f"{model.dit_files[0][0]}.safetensors").is_file():
         return shipped
     folder = _cache_folder() / f"{model.name}-{_digest(model)}"
     if not folder.is_dir():
