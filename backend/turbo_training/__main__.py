@@ -14,6 +14,7 @@ import typer
 
 from turbo_backend.checkpoints import tiny_checkpoint_folder
 from turbo_training.captions import LANGUAGES, caption
+from turbo_training.export import import_weights
 from turbo_training.quality import Plan, read_recorded_teacher, run_quality, summarize, write_recorded_teacher
 from turbo_training.run import STAGES, Run, write_summary
 from turbo_training.scene import sample_scene
@@ -47,8 +48,13 @@ def train_all(
     smoke: Smoke = False,
     seed: Seed = 0,
     device: Device = "auto",
+    weights: Annotated[
+        Path | None, typer.Option(help="Take VAE, text encoder and teacher from these exported files.")
+    ] = None,
 ) -> None:
     """Runs every stage that is not done, from the VAE to the exported files."""
+    if weights is not None:
+        import_weights((SMOKE if smoke else FULL).model, weights, out)
     _train(out, minutes, pause_after, smoke, seed, device, STAGES)
 
 

@@ -1,4 +1,4 @@
-"""Trained networks to files in the published layout, for the ordinary loader."""
+"""Trained networks to files in the published layout, for the ordinary loader, and back into a run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from turbo_backend.checkpoints.writer import Replacing, write_safetensors
@@ -14,6 +15,7 @@ from turbo_backend.config import ModelConfig
 from turbo_backend.nets.dit import KEEP_FP32, WanDiT
 from turbo_backend.nets.umt5 import UMT5Encoder
 from turbo_backend.nets.vae import WanVAE
+from turbo_training.trainer import is_done
 
 
 def export_weights(
@@ -44,6 +46,35 @@ def export_weights(
     _write(vae, folder / f"{model.vae_file}.safetensors", ("gamma", "bias"), source)
     (folder / model.tokenizer).mkdir(parents=True, exist_ok=True)
     shutil.copy(tokenizer / "tokenizer.json", folder / model.tokenizer / "tokenizer.json")
+
+
+def import_weights(model: ModelConfig, weights: Path, folder: Path) -> None:
+    """Makes a run whose stages `vae`, `text` and `teacher` are done from what `export_weights` wrote.
+
+    Args:
+        weights: folder of the exported files, the teacher's among them.
+        folder: of the run; stages that it has already stay as they are.
+
+    Raises:
+        FileNotFoundError: a file is absent.
+    """
+    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+    shutil.copy(weights / model.tokenizer / "tokenizer.json", folder / "tokenizer" / "tokenizer.json")
+    for stage, name in (
+        ("vae", model.vae_file),
+        ("text", model.text_encoder_file),
+        ("teacher", f"{model.dit_files[0][0]}-teacher"),
+    ):
+        if is_done(folder / stage):
+            continue
+        path = weights / f"{name}.safetensors"
+        ema = {key: tensor.float() for key, tensor in load_file(path).items()}
+        (folder / stage).mkdir(exist_ok=True)
+        if stage == "vae":
+            torch.save(ema, folder / stage / "vae.pt")
+        else:
+            torch.save({"modules": {"ema": ema}}, folder / stage / "checkpoint.pt")
+        (folder / stage / "done").write_text(f"from {path}\n", encoding="utf-8")
 
 
 def _write(network: nn.Module, path: Path, keep_fp32: tuple[str, ...], source: str) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from turbo_backend.checkpoints import DenoiserLayout, TextEncoderLayout, VAELayout, open_checkpoint
 from turbo_backend.tokenizer import Tokenizer
+from turbo_training.export import import_weights
 from turbo_training.run import STAGES, Run
 from turbo_training.shapes import SMOKE
 from turbo_training.train_teacher import TeacherStage
@@ -74,6 +75,19 @@ def test_a_finished_run_does_nothing_more(run: Run) -> None:
     before = (run.folder / "teacher" / "checkpoint.pt").stat().st_mtime_ns
     run.train()
     assert (run.folder / "teacher" / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_a_run_begins_with_exported_weights(run: Run, tmp_path: Path) -> None:
+    import_weights(SMOKE.model, run.folder / "weights", tmp_path)
+    later = Run(shape=SMOKE, folder=tmp_path, minutes=2, seed=3, device=torch.device("cpu"), quiet=True)
+    later.train(("vae", "text", "latents", "teacher"))
+    assert list(tmp_path.glob("*/losses.jsonl")) == [], "nothing was trained"
+    assert later.bank("latents").latents.shape == run.bank("latents").latents.shape
+    for key, tensor in run.denoiser("teacher").state_dict().items():
+        torch.testing.assert_close(later.denoiser("teacher").state_dict()[key], tensor, rtol=2**-8, atol=0.0)
+    (run.folder / "weights" / "absent").mkdir()
+    with pytest.raises(FileNotFoundError):
+        import_weights(SMOKE.model, run.folder / "weights" / "absent", tmp_path / "other")
 
 
 def test_a_paused_run_goes_on(tmp_path: Path) -> None:
