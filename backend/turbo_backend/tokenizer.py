@@ -10,13 +10,10 @@ from pathlib import Path
 import ftfy
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
 
 from turbo_backend.errors import CheckpointError
 
 END_OF_TEXT = "</s>"
-_PADDING = "<pad>"
-_UNKNOWN = "<unk>"
 
 
 def clean_prompt(text: str) -> str:
@@ -98,27 +95,3 @@ class Tokenizer:
             return list(processor.encode(text, out_type=int))
 
         return cls(encode_text, vocab_size=processor.get_piece_size(), end_id=end_id)
-
-
-def write_tiny_tokenizer(folder: str | Path) -> Path:
-    """Writes the `tokenizer.json` of the `tiny` model: one token a UTF-8 byte, so that it knows every language.
-
-    The ids are <pad> 0, </s> 1, <unk> 2 and the 256 bytes 3 .. 258. The file is the same each time.
-
-    Returns:
-        The path of the file.
-    """
-    specials = (_PADDING, END_OF_TEXT, _UNKNOWN)
-    # One printable character stands for each byte.
-    vocab = {token: i for i, token in enumerate((*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())))}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=_UNKNOWN))
-    tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in specials])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, vocab[END_OF_TEXT])]
-    )
-    path = Path(folder) / "tokenizer.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-    return path

@@ -12,8 +12,10 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from turbo_backend.checkpoints import tiny_checkpoint_folder
+from turbo_backend.config import MODELS
 from turbo_backend.errors import CheckpointError
-from turbo_backend.tokenizer import Tokenizer, clean_prompt, write_tiny_tokenizer
+from turbo_backend.tokenizer import Tokenizer, clean_prompt
 
 PROMPTS = (
     "",
@@ -27,10 +29,8 @@ PROMPTS = (
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "tokenizer"
-    write_tiny_tokenizer(folder)
-    return folder
+def tiny_folder() -> Path:
+    return tiny_checkpoint_folder() / MODELS["tiny"].tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -84,21 +84,15 @@ def test_clean_prompt_leaves_single_spaces(text: str) -> None:
     assert cleaned == " ".join(cleaned.split())
 
 
-def test_tiny_tokenizer_is_the_same_each_time(tiny_folder: Path, tmp_path: Path) -> None:
-    again = write_tiny_tokenizer(tmp_path / "new" / "folder")
-    assert again == tmp_path / "new" / "folder" / "tokenizer.json"
-    assert again.read_bytes() == (tiny_folder / "tokenizer.json").read_bytes()
-
-
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_tiny_tokenizer_loses_nothing(tiny_folder: Path, prompt: str) -> None:
     tokenizer = Tokenizer.from_folder(tiny_folder)
-    assert tokenizer.vocab_size == 259
+    assert tokenizer.vocab_size == MODELS["tiny"].text_encoder.vocab_size
     assert tokenizer.end_id == 1
     token_ids = tokenizer.encode(prompt)
-    assert len(token_ids) == len(prompt.encode()) + 1
+    assert len(token_ids) <= len(prompt.encode()) + 1
     assert token_ids[-1] == 1
-    assert all(3 <= token_id < 259 for token_id in token_ids[:-1])
+    assert all(3 <= token_id < tokenizer.vocab_size for token_id in token_ids[:-1])
     decoder = tokenizers.Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
     assert decoder.decode(token_ids) == prompt
 
@@ -138,7 +132,8 @@ def test_sentencepiece_knows_its_text(spiece_folder: Path) -> None:
 def test_json_goes_before_sentencepiece(tiny_folder: Path, spiece_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((tiny_folder / "tokenizer.json").read_bytes())
     (tmp_path / "spiece.model").write_bytes((spiece_folder / "spiece.model").read_bytes())
-    assert Tokenizer.from_folder(tmp_path).vocab_size == 259
+    assert Tokenizer.from_folder(tmp_path).vocab_size == Tokenizer.from_folder(tiny_folder).vocab_size
+    assert Tokenizer.from_folder(spiece_folder).vocab_size != Tokenizer.from_folder(tiny_folder).vocab_size
 
 
 def test_refusals(tiny_folder: Path, tmp_path: Path) -> None:
