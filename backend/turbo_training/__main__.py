@@ -49,7 +49,8 @@ def train_all(
     seed: Seed = 0,
     device: Device = "auto",
     weights: Annotated[
-        Path | None, typer.Option(help="Take VAE, text encoder and teacher from these exported files.")
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Take VAE, text encoder and teacher from this folder."),
     ] = None,
 ) -> None:
     """Runs every stage that is not done, from the VAE to the exported files."""
