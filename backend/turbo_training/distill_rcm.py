@@ -40,7 +40,7 @@ from turbo_training.finetune_sla import GEOMETRIES
 from turbo_training.flow import VelocityFn, expand, guided, velocity_of
 from turbo_training.latents import LatentBank
 from turbo_training.shapes import StageShape
-from turbo_training.trainer import EMA, Stage, set_learning_rate
+from turbo_training.trainer import EMA, Stage
 
 _CONSISTENCY, _SCORE = 100.0, 1.0
 #: The derivative costs as much as all the rest: a part of each batch gets that loss.
@@ -111,8 +111,7 @@ class RCMStage(Stage):
         )
 
     def step(self, index: int, progress: float) -> dict[str, Tensor]:
-        for optimizer in (self.optimizer, self.fake_optimizer):
-            set_learning_rate(optimizer, self.size.learning_rate, index, progress, warmup=20)
+        self.set_learning_rates(self.size.learning_rate, index, progress, warmup=20)
         self._warmup.fill_(min(1.0, progress / _WARMUP))
         # One to four steps by turns; none while the tangent is warmed up.
         num_steps = 0 if progress < _WARMUP else 1 + index // _STUDENT_EVERY % MAX_STEPS

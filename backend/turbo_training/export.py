@@ -53,13 +53,15 @@ def import_weights(model: ModelConfig, weights: Path, folder: Path) -> None:
 
     Args:
         weights: folder of the exported files, the teacher's among them.
-        folder: of the run; stages that it has already stay as they are.
+        folder: of the run; what it has already stays as it is.
 
     Raises:
         FileNotFoundError: a file is absent.
     """
-    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-    shutil.copy(weights / model.tokenizer / "tokenizer.json", folder / "tokenizer" / "tokenizer.json")
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    if not tokenizer.is_file():
+        tokenizer.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(weights / model.tokenizer / "tokenizer.json", tokenizer)
     for stage, name in (
         ("vae", model.vae_file),
         ("text", model.text_encoder_file),

@@ -23,7 +23,7 @@ from turbo_training.flow import draw_times, expand, velocity_of
 from turbo_training.latents import LatentBank
 from turbo_training.shapes import StageShape
 from turbo_training.train_teacher import DROPPED, is_block_matrix
-from turbo_training.trainer import EMA, Stage, set_learning_rate
+from turbo_training.trainer import EMA, Stage
 
 TOPKS = (0.05, 0.10, 0.15)
 #: (block_q, block_k): everywhere, and `sagesla` on Hopper.
@@ -66,8 +66,7 @@ class SparseStage(Stage):
         self._ema = EMA(self.net, self.average, decay=0.998)
 
     def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
-        for optimizer in self.optimizers.values():
-            set_learning_rate(optimizer, self.size.learning_rate, index, progress, warmup=100)
+        self.set_learning_rates(self.size.learning_rate, index, progress, warmup=100)
         attention = draw_attention(self.generator)
         losses = self.recorded.run(attention, lambda: self._update(attention))
         self._ema.update(index)
@@ -87,8 +86,7 @@ class SparseStage(Stage):
         self.net.zero_grad()
         torch.stack(list(losses.values())).mean().backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        self.step_optimizers()
         return losses
 
 

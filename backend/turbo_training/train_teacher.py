@@ -10,7 +10,7 @@ from turbo_backend.nets.dit import WanDiT
 from turbo_training.flow import draw_times, expand, velocity_of
 from turbo_training.latents import LatentBank
 from turbo_training.shapes import RunShape
-from turbo_training.trainer import EMA, Stage, set_learning_rate
+from turbo_training.trainer import EMA, Stage
 
 #: Share of captions left out, so that the network knows what clips look like without any.
 DROPPED = 0.1
@@ -37,8 +37,7 @@ class TeacherStage(Stage):
         self._ema = EMA(self.net, self.average, decay=0.9995)
 
     def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
-        for optimizer in self.optimizers.values():
-            set_learning_rate(optimizer, self.shape.teacher.learning_rate, index, progress, warmup=300)
+        self.set_learning_rates(self.shape.teacher.learning_rate, index, progress, warmup=300)
         losses = self.recorded.run("teacher", self._update)
         self._ema.update(index)
         return losses
@@ -52,8 +51,7 @@ class TeacherStage(Stage):
         self.net.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        self.step_optimizers()
         return {"loss": loss, "gradient": norm}
 
 

@@ -21,7 +21,7 @@ from turbo_training.dit_forward import TextBatch
 from turbo_training.scene import CAMERAS, COLORS, LIGHTS, MOTIONS, SUBJECTS, SURROUNDINGS, Scene, sample_scene
 from turbo_training.shapes import RunShape
 from turbo_training.text_forward import encode_text, tokenize
-from turbo_training.trainer import EMA, Stage, set_learning_rate
+from turbo_training.trainer import EMA, Stage
 
 _SCENE_SIZES = (len(SURROUNDINGS), len(LIGHTS), len(LIGHTS), len(CAMERAS), len(MOTIONS))
 #: 0 says that no subject of that kind is there.
@@ -118,7 +118,7 @@ class TextStage(Stage):
         self._scene_answers, self._subject_answers = answers_of(scenes, hidden, device)
 
     def step(self, index: int, progress: float) -> dict[str, Tensor]:
-        set_learning_rate(self.optimizer, self.shape.text.learning_rate, index, progress, warmup=100)
+        self.set_learning_rates(self.shape.text.learning_rate, index, progress, warmup=100)
         rows = torch.randint(len(self._lengths), (self.shape.text.batch_size,), device=self.device)
         with self.precision():
             text = encode_text(self.encoder, self._token_ids[rows], self._lengths[rows])

@@ -15,7 +15,7 @@ from turbo_backend.nets.vae_layers import Convolution, ResidualBlock
 from turbo_training.scene import sample_scene
 from turbo_training.shapes import RunShape
 from turbo_training.sheets import to_clip, to_video, write_sheet
-from turbo_training.trainer import EMA, Stage, set_learning_rate
+from turbo_training.trainer import EMA, Stage
 from turbo_training.vae_forward import decode_latents, encode_moments, fold_statistics
 from turbo_training.world import render
 
@@ -55,8 +55,7 @@ class VAEStage(Stage):
         self._video = torch.empty(shape.vae.batch_size, 3, self._num_frames, shape.crop, shape.crop, device=device)
 
     def step(self, index: int, progress: float) -> dict[str, Tensor]:
-        for optimizer in self.optimizers.values():
-            set_learning_rate(optimizer, self.shape.vae.learning_rate, index, progress, warmup=100)
+        self.set_learning_rates(self.shape.vae.learning_rate, index, progress, warmup=100)
         self._video.copy_(self._draw_crops(index // _GROUP_EVERY))
         losses = self.recorded.run("vae", self._update)
         self._ema.update(index)
@@ -76,8 +75,7 @@ class VAEStage(Stage):
         self.vae.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        self.step_optimizers()
         return {"pixels": pixels, "squares": squares, "edges": edges, "kl": kl}
 
     def _draw_crops(self, newest: int) -> Tensor:

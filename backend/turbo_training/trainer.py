@@ -75,7 +75,7 @@ class Stage(ABC):
     def make_optimizer(
         self, parameters: Iterable[nn.Parameter], *, betas: tuple[float, float], weight_decay: float
     ) -> torch.optim.AdamW:
-        """AdamW whose learning rate `set_learning_rate` sets at each step; on a GPU it can be recorded."""
+        """AdamW whose learning rate `set_learning_rates` sets at each step; on a GPU it can be recorded."""
         return torch.optim.AdamW(
             parameters,
             lr=torch.zeros((), device=self.device),
@@ -104,6 +104,18 @@ class Stage(ABC):
             "outer": self.make_optimizer(outer, betas=betas, weight_decay=weight_decay),
         }
 
+    def set_learning_rates(self, peak: float, index: int, progress: float, *, warmup: int) -> None:
+        """Of all optimizers: linear warm-up by steps, then a cosine to a twentieth of the peak by progress."""
+        rate = peak * min(1.0, (index + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"].fill_(rate)
+
+    def step_optimizers(self) -> None:
+        """One step of each."""
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+
 
 class EMA:
     """Running mean of a module's parameters, held in a module of its own.
@@ -123,13 +135,6 @@ class EMA:
         mine: list[torch.Tensor] = list(self._average.parameters())
         theirs: list[torch.Tensor] = list(self._module.parameters())
         torch._foreach_lerp_(mine, theirs, 1 - decay)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, index: int, progress: float, warmup: int) -> None:
-    """Linear warm-up by steps, then a cosine to a twentieth of the peak by progress."""
-    rate = peak * min(1.0, (index + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
-    for group in optimizer.param_groups:
-        group["lr"].fill_(rate)
 
 
 class Paused(Exception):
