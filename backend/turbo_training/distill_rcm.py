@@ -34,9 +34,9 @@ from torch import Tensor
 
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.sampler import MAX_STEPS, RCMSchedule
-from turbo_training.attention_forward import SPARSE, TrainingAttention
+from turbo_training.attention_forward import DENSE, SPARSE, TrainingAttention
 from turbo_training.dit_forward import Condition
-from turbo_training.finetune_sla import GEOMETRIES
+from turbo_training.finetune_sla import DENSE_SHARE, GEOMETRIES
 from turbo_training.flow import VelocityFn, expand, guided, velocity_of
 from turbo_training.latents import LatentBank
 from turbo_training.shapes import StageShape
@@ -72,7 +72,6 @@ class RCMStage(Stage):
     Args:
         name: `rcm` or `i2v_rcm`.
         student: trained in place.
-        attention: of the teacher and the fake score.
         sigma_max: noise level at which requests begin.
     """
 
@@ -84,7 +83,6 @@ class RCMStage(Stage):
         teacher: WanDiT,
         student: WanDiT,
         *,
-        attention: TrainingAttention,
         sigma_max: float,
         seed: int,
         device: torch.device,
@@ -98,17 +96,13 @@ class RCMStage(Stage):
         self.fake.requires_grad_(True)
         self.modules = {"net": self.net, "ema": self.average, "fake": self.fake}
         self.optimizer = self.make_optimizer(self.net.parameters(), betas=(0.0, 0.999), weight_decay=0.01)
-        is_dense = attention.topk is None  # then proj_l takes no part
-        self._fake_trained = [
-            parameter for key, parameter in self.fake.named_parameters() if not (is_dense and "proj_l" in key)
-        ]
+        # Teacher and fake score attend densely: proj_l takes no part.
+        self._fake_trained = [parameter for key, parameter in self.fake.named_parameters() if "proj_l" not in key]
         self.fake_optimizer = self.make_optimizer(self._fake_trained, betas=(0.0, 0.999), weight_decay=0.01)
         self.optimizers = {"net": self.optimizer, "fake": self.fake_optimizer}
         self._ema = EMA(self.net, self.average, decay=0.995)
         self._warmup = torch.zeros((), device=device)
-        self._teacher, self._fake = (
-            velocity_of(some, attention, compiled=self.is_on_gpu) for some in (teacher, self.fake)
-        )
+        self._teacher, self._fake = (velocity_of(some, compiled=self.is_on_gpu) for some in (teacher, self.fake))
 
     def step(self, index: int, progress: float) -> dict[str, Tensor]:
         self.set_learning_rates(self.size.learning_rate, index, progress, warmup=20)
@@ -117,11 +111,16 @@ class RCMStage(Stage):
         num_steps = 0 if progress < _WARMUP else 1 + index // _STUDENT_EVERY % MAX_STEPS
         if num_steps and index % _STUDENT_EVERY:
             return self.recorded.run(("fake", num_steps), lambda: self._update_fake(num_steps))
-        block_q, block_k = GEOMETRIES[self.generator.random() < 0.25]
-        attention = replace(SPARSE, block_q=block_q, block_k=block_k)
+        attention = self._draw_attention()
         losses = self.recorded.run((attention, num_steps), lambda: self._update_student(attention, num_steps))
         self._ema.update(index // _STUDENT_EVERY)
         return losses
+
+    def _draw_attention(self) -> TrainingAttention:
+        if self.generator.random() < DENSE_SHARE:
+            return DENSE
+        block_q, block_k = GEOMETRIES[self.generator.random() < 0.25]
+        return replace(SPARSE, block_q=block_q, block_k=block_k)
 
     def _update_student(self, attention: TrainingAttention, num_steps: int) -> dict[str, Tensor]:
         x0, condition = self.bank.draw(self.size.batch_size)

@@ -62,6 +62,7 @@ def velocity(
     *,
     attention: TrainingAttention = DENSE,
     compiled: bool = False,
+    streams: list[Tensor] | None = None,
 ) -> Tensor:
     """The velocity of a batch, differentiable in weights, latents, timesteps and text.
 
@@ -69,6 +70,7 @@ def velocity(
         latents: [B, 16, T, h, w].
         timesteps: [B], 1000 t.
         compiled: let torch.compile fuse what lies between the matrix products; it knows no forward mode.
+        streams: if given, the residual stream after each block, float32 [B, L, M], is appended.
 
     Returns:
         float32 [B, out_channels, T, h, w].
@@ -86,15 +88,18 @@ def velocity(
         modulation_B6M = projection(act_again(time_BM)).unflatten(-1, (6, config.dim))
     context_BSM, bias = _embed_text(net, condition.text)
     between = _compiled_between() if compiled else _BETWEEN
-    stream = _Stream(net.patch_embedding(patchify(latents, config.patch_size)).float())
+    stream, joined = _Stream(net.patch_embedding(patchify(latents, config.patch_size)).float()), []
     for block in net.blocks:
         assert isinstance(block, Block)
         modulation = tuple((block.modulation + modulation_B6M)[:, :, None].unbind(1))
-        stream = _block(block, stream, modulation, context_BSM, bias, rope, attention, between)
+        stream, x_BLM = _block(block, stream, modulation, context_BSM, bias, rope, attention, between)
+        joined.append(x_BLM)
     shift, scale = (net.head.modulation + time_BM[:, None])[:, :, None].unbind(1)
     with torch.autocast(latents.device.type, enabled=False):
-        _, h = between.join_norm(stream.x, stream.out, stream.gate, 1 + scale, shift, config.eps, torch.float32)
+        x_BLM, h = between.join_norm(stream.x, stream.out, stream.gate, 1 + scale, shift, config.eps, torch.float32)
         out_BLP = net.head.head(h)
+    if streams is not None:
+        streams += [*joined[1:], x_BLM]
     return unpatchify(out_BLP, grid, config.patch_size)
 
 
@@ -175,16 +180,20 @@ def _block(
     rope: Tensor,
     attention: TrainingAttention,
     between: _Between,
-) -> _Stream:
-    """The stream in float32, matrix products in autocast's dtype; modulation [B, 1, M] each."""
+) -> tuple[_Stream, Tensor]:
+    """The stream after a block and, joined, before it: in float32, matrix products in autocast's dtype.
+
+    Args:
+        modulation: [B, 1, M] each.
+    """
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation
     eps, dtype, norm3 = block.eps, _compute_dtype(stream.x), block.norm3
-    x_BLM, h = between.join_norm(stream.x, stream.out, stream.gate, 1 + scale1, shift1, eps, dtype)
+    before_BLM, h = between.join_norm(stream.x, stream.out, stream.gate, 1 + scale1, shift1, eps, dtype)
     out = _self_attention(block.self_attn, h, rope, attention, between)
-    x_BLM, h = between.join_norm(x_BLM, out, gate1, norm3.weight, norm3.bias, eps, dtype)
+    x_BLM, h = between.join_norm(before_BLM, out, gate1, norm3.weight, norm3.bias, eps, dtype)
     out = _cross_attention(block.cross_attn, h, context_BSM, bias, attention.explicit, between)
     x_BLM, h = between.join_norm(x_BLM, out, None, 1 + scale2, shift2, eps, dtype)
-    return _Stream(x_BLM, block.ffn(h), gate2)
+    return _Stream(x_BLM, block.ffn(h), gate2), before_BLM
 
 
 def _self_attention(

@@ -1,24 +1,22 @@
 """Sparse fine-tuning: block-sparse attention with the linear branch, `proj_l` learned from zero.
 
 The dense teacher becomes the sparse student: it sees the same noisy latents as in flow matching and learns half from
-the data, half from the dense teacher's velocity, which has less variance. Share and geometry of the blocks are drawn at
-each step from those that servers run, so that one set of weights serves them all. Source: SLA paper (which fine-tunes
-on the data alone).
-
-The image-to-video network begins as that student: its patch embedding takes mask and image too, with weights that grow
-from zero, and it learns from the data alone, sparse from its first step. Source: Wan2.2 for the conditioning.
+the data, half from the dense teacher's velocity, which has less variance, and besides to have after each block what the
+teacher has there. Share and geometry of the blocks are drawn at each step from those that servers run, and now and then
+attention is dense, so that one set of weights serves them all. Source: SLA paper (which fine-tunes on the data alone);
+Zhang et al., "LoLCATs", for learning from a dense network layer by layer.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from turbo_backend.config import DiTConfig
 from turbo_backend.nets.dit import WanDiT
-from turbo_training.attention_forward import SPARSE, TrainingAttention
+from turbo_training.attention_forward import DENSE, SPARSE, TrainingAttention
 from turbo_training.flow import draw_times, expand, velocity_of
 from turbo_training.latents import LatentBank
 from turbo_training.shapes import StageShape
@@ -26,24 +24,32 @@ from turbo_training.train_teacher import DROPPED, is_block_matrix
 from turbo_training.trainer import EMA, Stage
 
 TOPKS = (0.05, 0.10, 0.15)
+#: Share of steps with dense attention.
+DENSE_SHARE = 1 / 8
+#: Weight of the blocks' differences, each relative to the variance of what the teacher has there.
+_BLOCKS = 0.2
 #: (block_q, block_k): everywhere, and `sagesla` on Hopper.
 GEOMETRIES = ((128, 64), (64, 128))
 
 
 def draw_attention(generator: random.Random) -> TrainingAttention:
-    """Sparse attention as some server might run it; the share recommended for quality in half of the draws."""
+    """Attention as some server might run it; the share recommended for quality in half of the sparse draws."""
+    if generator.random() < DENSE_SHARE:
+        return DENSE
     topk = SPARSE.topk if generator.random() < 0.5 else generator.choice(TOPKS[:-1])
     block_q, block_k = generator.choice(GEOMETRIES)
     return TrainingAttention(topk=topk, block_q=block_q, block_k=block_k)
 
 
 class SparseStage(Stage):
-    """loss = |v - (eps - x_0)|^2, of which half is |v - v_teacher|^2 where there is a teacher; `ema` is what is kept.
+    """loss = (|v - (eps - x_0)|^2 + |v - v_teacher|^2) / 2 + sum_l |h_l - h_l,teacher|^2 / (5 var h_l,teacher).
+
+    h_l is the residual stream after block l. `ema` is what is kept.
 
     Args:
-        name: `sla` or `i2v`.
+        name: `sla` or `i2v_sla`.
         net: trained in place.
-        teacher: dense network of the same inputs, or None.
+        teacher: dense network of the same shape.
     """
 
     def __init__(
@@ -52,7 +58,7 @@ class SparseStage(Stage):
         size: StageShape,
         bank: LatentBank,
         net: WanDiT,
-        teacher: WanDiT | None,
+        teacher: WanDiT,
         *,
         seed: int,
         device: torch.device,
@@ -76,27 +82,24 @@ class SparseStage(Stage):
         x0, condition = self.bank.draw(self.size.batch_size, dropped=DROPPED)
         noise, t = torch.randn_like(x0), draw_times(len(x0), self.device)
         x = torch.lerp(x0, noise, expand(t))
+        mine: list[torch.Tensor] = []
+        theirs: list[torch.Tensor] = []
         with self.precision():
-            v = velocity_of(self.net, attention, compiled=self.is_on_gpu)(x, t, condition)
-            losses = {"data": F.mse_loss(v, noise - x0)}
-            if self.teacher is not None:
-                with torch.no_grad():
-                    v_teacher = velocity_of(self.teacher, compiled=self.is_on_gpu)(x, t, condition)
-                losses["dense"] = F.mse_loss(v, v_teacher)
+            v = velocity_of(self.net, attention, compiled=self.is_on_gpu, streams=mine)(x, t, condition)
+            with torch.no_grad():
+                v_teacher = velocity_of(self.teacher, compiled=self.is_on_gpu, streams=theirs)(x, t, condition)
+        losses = {
+            "data": F.mse_loss(v, noise - x0),
+            "dense": F.mse_loss(v, v_teacher),
+            "blocks": _sum_of_errors(mine, theirs),
+        }
         self.net.zero_grad()
-        torch.stack(list(losses.values())).mean().backward()
+        (0.5 * losses["data"] + 0.5 * losses["dense"] + _BLOCKS * losses["blocks"]).backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.step_optimizers()
         return losses
 
 
-@torch.no_grad()
-def take_image(net: WanDiT, config: DiTConfig) -> WanDiT:
-    """The same function of noise and text, with inputs for mask and image that weigh nothing yet."""
-    wider = WanDiT(config).to(net.device)
-    state = net.state_dict()
-    weight = torch.zeros_like(wider.patch_embedding.weight)
-    # Features come by channel, and the noise is first.
-    weight[:, : state["patch_embedding.weight"].shape[1]] = state["patch_embedding.weight"]
-    wider.load_state_dict({**state, "patch_embedding.weight": weight})
-    return wider
+def _sum_of_errors(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum over the pairs of |found - wanted|^2 / var wanted."""
+    return torch.stack([F.mse_loss(a, b) / b.var() for a, b in zip(found, wanted, strict=True)]).sum()

@@ -37,11 +37,18 @@ def expand(t_B: Tensor) -> Tensor:
     return t_B.view(-1, 1, 1, 1, 1)
 
 
-def velocity_of(net: WanDiT, attention: TrainingAttention = DENSE, *, compiled: bool = False) -> VelocityFn:
-    """The network as a function of time in [0, 1]."""
+def velocity_of(
+    net: WanDiT,
+    attention: TrainingAttention = DENSE,
+    *,
+    compiled: bool = False,
+    streams: list[Tensor] | None = None,
+) -> VelocityFn:
+    """The network as a function of time in [0, 1]; `streams` as in `dit_forward.velocity`."""
 
     def function(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return velocity(net, x, _TIMES_TO_NETWORK * t, condition, attention=attention, compiled=compiled)
+        times = _TIMES_TO_NETWORK * t
+        return velocity(net, x, times, condition, attention=attention, compiled=compiled, streams=streams)
 
     return function
 

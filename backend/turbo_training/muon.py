@@ -20,6 +20,8 @@ _STEP_SIZE = 0.2
 class Muon(torch.optim.Optimizer):
     """Optimizes weights [out, in, ...], taken as matrices of `out` rows; can be recorded as a CUDA graph.
 
+    As any optimizer it leaves a weight that has no gradient as it is.
+
     Args:
         parameters: of two dimensions or more.
         lr: tensor on their device, to be filled at each step.
@@ -41,7 +43,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
-                by_shape[parameter.shape].append(parameter)
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
             for same in by_shape.values():
                 gradients: list[Tensor] = [parameter.grad for parameter in same]  # type: ignore[misc]
                 momenta = [self.state[parameter]["momentum"] for parameter in same]

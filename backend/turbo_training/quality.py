@@ -167,7 +167,7 @@ def run_quality(
         _run_teacher(settings, prompts[: plan.num_teacher_prompts], plan, results)
         say(_line("teacher", results.verdicts["teacher"]))
     if plan.num_image_prompts and (folder / f"{MODELS['tiny-I2V'].dit_files[0][0]}.safetensors").is_file():
-        served = Pipeline.from_settings(settings.model_copy(update={"model": "tiny-I2V"}))
+        served = Pipeline.from_settings(settings.model_copy(update={"models": ("tiny-I2V",)}))
         results.images = list(
             measure_image_to_video(served, num_prompts=plan.num_image_prompts, num_frames=plan.num_frames)
         )

@@ -13,21 +13,20 @@ import torch
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.umt5 import UMT5Encoder
 from turbo_backend.tokenizer import Tokenizer
-from turbo_training.attention_forward import DENSE, SPARSE
 from turbo_training.distill_rcm import RCMStage
 from turbo_training.export import export_weights
-from turbo_training.finetune_sla import SparseStage, take_image
+from turbo_training.finetune_sla import SparseStage
 from turbo_training.latents import LatentBank, load_bank, write_latents
 from turbo_training.samples import draw_samples
 from turbo_training.shapes import RunShape
 from turbo_training.text_forward import TextSource
-from turbo_training.train_teacher import TeacherStage
+from turbo_training.train_teacher import TeacherStage, initialize_denoiser, take_image
 from turbo_training.train_text import TextStage
 from turbo_training.train_tokenizer import train_tokenizer
 from turbo_training.train_vae import VAEStage, load_vae
 from turbo_training.trainer import Budget, Paused, Stage, is_done, load_modules, run_stage
 
-STAGES = ("vae", "text", "latents", "teacher", "sla", "rcm", "i2v_latents", "i2v", "i2v_rcm", "export")
+STAGES = ("vae", "text", "latents", "teacher", "sla", "rcm", "i2v_latents", "i2v", "i2v_sla", "i2v_rcm", "export")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,30 +88,25 @@ class Run:
             return VAEStage(shape, seed=seed, device=device)
         if name == "text":
             return TextStage(shape, self.tokenizer(), seed=seed, device=device)
+        model, bank, teacher = shape.model, "latents", "teacher"
+        if name.startswith("i2v"):
+            model, bank, teacher = shape.image_model, "i2v_latents", "i2v"
         if name == "teacher":
-            return TeacherStage(shape, self.bank("latents"), seed=seed, device=device)
-        if name == "sla":
-            net, dense = self.denoiser("teacher"), self.denoiser("teacher")
-            return SparseStage(name, shape.sla, self.bank("latents"), net, dense, seed=seed, device=device)
-        if name == "i2v":
-            net = take_image(self.denoiser("sla"), shape.image_model.dit)
-            return SparseStage(name, shape.i2v, self.bank("i2v_latents"), net, None, seed=seed, device=device)
-        if name == "rcm":
-            bank, model, teacher, student, attention = "latents", shape.model, "teacher", "sla", DENSE
+            net = initialize_denoiser(model.dit, seed).to(device)
+        elif name == "sla":
+            net = self.denoiser("teacher")
+        elif name in ("i2v", "i2v_sla"):  # each begins as the stage of text-to-video that it is like
+            net = take_image(self.denoiser("teacher" if name == "i2v" else "sla"), model.dit)
         else:
-            # Image-to-video learned with sparse attention: that is its teacher.
-            bank, model, teacher, student, attention = "i2v_latents", shape.image_model, "i2v", "i2v", SPARSE
-        return RCMStage(
-            name,
-            getattr(shape, name),
-            self.bank(bank),
-            self.denoiser(teacher),
-            self.denoiser(student),
-            attention=attention,
-            sigma_max=model.default_sigma_max,
-            seed=seed,
-            device=device,
-        )
+            net = self.denoiser(name.replace("rcm", "sla"))
+        size, latents = getattr(shape, name), self.bank(bank)
+        if name == teacher:
+            return TeacherStage(name, size, latents, net, seed=seed, device=device)
+        dense = self.denoiser(teacher)
+        if name.endswith("sla"):
+            return SparseStage(name, size, latents, net, dense, seed=seed, device=device)
+        sigma_max = model.default_sigma_max
+        return RCMStage(name, size, latents, dense, net, sigma_max=sigma_max, seed=seed, device=device)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.folder / "tokenizer")
@@ -124,7 +118,7 @@ class Run:
         return TextSource(encoder.to(self.device).eval().requires_grad_(False), self.tokenizer(), self.device)
 
     def denoiser(self, stage: str) -> WanDiT:
-        """The finished denoiser of a stage: `teacher`, `sla`, `rcm`, `i2v` or `i2v_rcm`."""
+        """The finished denoiser of a stage: `teacher`, `sla`, `rcm`, or `i2v`, `i2v_sla`, `i2v_rcm`."""
         model = self.shape.image_model if stage.startswith("i2v") else self.shape.model
         net = WanDiT(model.dit)
         load_modules(self.folder / stage, {"ema": net})

@@ -28,7 +28,7 @@ _TEACHER_STEPS = 25
 
 @torch.no_grad()
 def draw_samples(shape: RunShape, net: WanDiT, texts: TextSource, vae: WanVAE, *, stage: str, path: Path) -> None:
-    """Writes the sheet of a stage: `teacher`, `sla`, `rcm`, `i2v` or `i2v_rcm`.
+    """Writes the sheet of a stage: `teacher`, `sla`, `rcm`, or `i2v`, `i2v_sla`, `i2v_rcm`.
 
     The first column of image-to-video is the image's own frame as the network gives it back.
     """
@@ -45,7 +45,7 @@ def draw_samples(shape: RunShape, net: WanDiT, texts: TextSource, vae: WanVAE, *
     condition = Condition(texts.embed(captions), image)
     size = (model.vae.z_dim, 1 + (shape.num_frames - 1) // 4, shape.height // 8, shape.width // 8)
     noise = torch.randn(len(scenes), *size, device=device, generator=torch.Generator(device).manual_seed(7))
-    function = velocity_of(net, DENSE if stage == "teacher" else SPARSE)
+    function = velocity_of(net, DENSE if stage in ("teacher", "i2v") else SPARSE)
     if stage.endswith("rcm"):
 
         def student(x: torch.Tensor, timesteps: torch.Tensor, _step: int) -> torch.Tensor:

@@ -33,7 +33,7 @@ class RunShape:
         model, image_model: shapes of the networks; the second differs in what its denoiser takes.
         num_frames, height, width: of the clips.
         crop: side of the squares that the VAE is trained on, in pixels.
-        vae, text, teacher, sla, rcm, i2v, i2v_rcm: stages by name.
+        vae, text, teacher, sla, rcm, i2v, i2v_sla, i2v_rcm: stages by name.
         latents, i2v_latents: what the denoiser's stages train on.
     """
 
@@ -51,6 +51,7 @@ class RunShape:
     rcm: StageShape
     i2v_latents: LatentsShape
     i2v: StageShape
+    i2v_sla: StageShape
     i2v_rcm: StageShape
 
 
@@ -61,15 +62,16 @@ FULL = RunShape(
     height=144,
     width=256,
     crop=112,
-    vae=StageShape(max_steps=40_000, share=0.21, batch_size=8, learning_rate=2e-3),
+    vae=StageShape(max_steps=40_000, share=0.14, batch_size=8, learning_rate=2e-3),
     text=StageShape(max_steps=6_000, share=0.03, batch_size=512, learning_rate=1e-3),
-    latents=LatentsShape(num_clips=32_000, share=0.053),
-    teacher=StageShape(max_steps=60_000, share=0.24, batch_size=64, learning_rate=2e-3),
-    sla=StageShape(max_steps=10_000, share=0.13, batch_size=64, learning_rate=1e-3),
+    latents=LatentsShape(num_clips=32_000, share=0.05),
+    teacher=StageShape(max_steps=60_000, share=0.17, batch_size=64, learning_rate=2e-3),
+    sla=StageShape(max_steps=40_000, share=0.19, batch_size=64, learning_rate=1.5e-3),
     rcm=StageShape(max_steps=30_000, share=0.16, batch_size=16, learning_rate=1e-4),
-    i2v_latents=LatentsShape(num_clips=8_000, share=0.027),
-    i2v=StageShape(max_steps=20_000, share=0.075, batch_size=64, learning_rate=1e-3),
-    i2v_rcm=StageShape(max_steps=20_000, share=0.075, batch_size=16, learning_rate=1e-4),
+    i2v_latents=LatentsShape(num_clips=8_000, share=0.03),
+    i2v=StageShape(max_steps=20_000, share=0.06, batch_size=64, learning_rate=1e-3),
+    i2v_sla=StageShape(max_steps=20_000, share=0.08, batch_size=64, learning_rate=1.5e-3),
+    i2v_rcm=StageShape(max_steps=20_000, share=0.09, batch_size=16, learning_rate=1e-4),
 )
 
 _SMOKE_MODEL = ModelConfig(
@@ -106,5 +108,6 @@ SMOKE = RunShape(
     rcm=StageShape(max_steps=6, share=0.1, batch_size=2, learning_rate=1e-4),
     i2v_latents=LatentsShape(num_clips=4, share=0.1),
     i2v=StageShape(max_steps=3, share=0.1, batch_size=2, learning_rate=1e-4),
+    i2v_sla=StageShape(max_steps=3, share=0.1, batch_size=2, learning_rate=1e-4),
     i2v_rcm=StageShape(max_steps=6, share=0.1, batch_size=2, learning_rate=1e-4),
 )

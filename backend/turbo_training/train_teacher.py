@@ -1,4 +1,8 @@
-"""The teacher: flow matching with dense attention, on captions of which some are dropped for guidance."""
+"""The teachers: flow matching with dense attention, on captions of which some are dropped for guidance.
+
+That of image-to-video begins as the other: its patch embedding takes mask and image too, with weights that grow from
+zero. Source: Wan2.2 for the conditioning.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from turbo_backend.config import DiTConfig
 from turbo_backend.nets.dit import WanDiT
 from turbo_training.flow import draw_times, expand, velocity_of
 from turbo_training.latents import LatentBank
-from turbo_training.shapes import RunShape
+from turbo_training.shapes import StageShape
 from turbo_training.trainer import EMA, Stage
 
 #: Share of captions left out, so that the network knows what clips look like without any.
@@ -17,16 +22,19 @@ DROPPED = 0.1
 
 
 class TeacherStage(Stage):
-    """loss = |v(x_t, t, text) - (eps - x_0)|^2, t logit-normal and shifted; `ema` is what is kept."""
+    """loss = |v(x_t, t, text) - (eps - x_0)|^2, t logit-normal and shifted; `ema` is what is kept.
 
-    name = "teacher"
+    Args:
+        name: `teacher` or `i2v`.
+        net: trained in place.
+    """
 
-    def __init__(self, shape: RunShape, bank: LatentBank, *, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, name: str, size: StageShape, bank: LatentBank, net: WanDiT, *, seed: int, device: torch.device
+    ) -> None:
         super().__init__(seed=seed, device=device)
-        self.shape, self.bank = shape, bank
-        self.net = WanDiT(shape.model.dit).to(device)
-        initialize_denoiser(self.net)
-        self.average = WanDiT(shape.model.dit).to(device)
+        self.name, self.size, self.bank, self.net = name, size, bank, net
+        self.average = WanDiT(net.config).to(device)
         self.modules = {"net": self.net, "ema": self.average}
         # proj_l takes no part in dense attention: the sparse stage begins with it.
         for name, parameter in self.net.named_parameters():
@@ -37,13 +45,13 @@ class TeacherStage(Stage):
         self._ema = EMA(self.net, self.average, decay=0.9995)
 
     def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
-        self.set_learning_rates(self.shape.teacher.learning_rate, index, progress, warmup=300)
-        losses = self.recorded.run("teacher", self._update)
+        self.set_learning_rates(self.size.learning_rate, index, progress, warmup=300)
+        losses = self.recorded.run(self.name, self._update)
         self._ema.update(index)
         return losses
 
     def _update(self) -> dict[str, torch.Tensor]:
-        x0, condition = self.bank.draw(self.shape.teacher.batch_size, dropped=DROPPED)
+        x0, condition = self.bank.draw(self.size.batch_size, dropped=DROPPED)
         noise, t = torch.randn_like(x0), draw_times(len(x0), self.device)
         with self.precision():
             v = self._velocity(torch.lerp(x0, noise, expand(t)), t, condition)
@@ -61,8 +69,10 @@ def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 @torch.no_grad()
-def initialize_denoiser(net: WanDiT) -> None:
+def initialize_denoiser(config: DiTConfig, seed: int) -> WanDiT:
     """Linears by fan-in, with gates, modulation and head starting at zero (adaLN-zero; Peebles and Xie, "DiT")."""
+    torch.manual_seed(seed)
+    net = WanDiT(config)
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -78,3 +88,16 @@ def initialize_denoiser(net: WanDiT) -> None:
             nn.init.normal_(parameter, std=net.config.dim**-0.5)
             if parameter.shape[1] == 6:
                 parameter[:, (2, 5)] = 0
+    return net
+
+
+@torch.no_grad()
+def take_image(net: WanDiT, config: DiTConfig) -> WanDiT:
+    """The same function of noise and text, with inputs for mask and image that weigh nothing yet."""
+    wider = WanDiT(config).to(net.device)
+    state = net.state_dict()
+    weight = torch.zeros_like(wider.patch_embedding.weight)
+    # Features come by channel, and the noise is first.
+    weight[:, : state["patch_embedding.weight"].shape[1]] = state["patch_embedding.weight"]
+    wider.load_state_dict({**state, "patch_embedding.weight": weight})
+    return wider

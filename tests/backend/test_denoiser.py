@@ -127,7 +127,7 @@ MakeBench = Callable[..., Bench]
 
 @pytest.fixture(scope="module")
 def net() -> WanDiT:
-    path = find_files(TINY, tiny_checkpoint_folder(TINY), quant_linear=False, dit=None).dit[0]
+    path = find_files(TINY, tiny_checkpoint_folder(), quant_linear=False, dit=None).dit[0]
     net: WanDiT = DenoiserLayout(TINY.dit, quant_linear=False).load(
         open_checkpoint(path), device=CPU, dtype=torch.float32
     )

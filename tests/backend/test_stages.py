@@ -46,7 +46,7 @@ MakeDenoiser = Callable[..., DenoiserStage]
 
 @pytest.fixture(scope="module")
 def files() -> ModelFiles:
-    return find_files(TINY, tiny_checkpoint_folder(TINY), quant_linear=False, dit=None)
+    return find_files(TINY, tiny_checkpoint_folder(), quant_linear=False, dit=None)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
-"""The embedded tiny models' files: shipped, or made once."""
+"""The embedded tiny models' files."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,74 +16,35 @@ from turbo_backend.checkpoints import (
     open_checkpoint,
     tiny_checkpoint_folder,
 )
-from turbo_backend.config import MODELS
+from turbo_backend.config import MODELS, ModelConfig
 from turbo_backend.errors import CheckpointError
 from turbo_backend.tokenizer import Tokenizer
 
 TINY = MODELS["tiny"]
-#: Its weights are not shipped yet.
-MADE = MODELS["tiny-I2V"]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _use_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-
-
-def test_three_processes_at_once_make_one_folder(cache: Path) -> None:
-    script = """if True:
-        from turbo_backend.checkpoints import tiny_checkpoint_folder
-        from turbo_backend.config import MODELS
-        print(tiny_checkpoint_folder(MODELS["tiny-I2V"]))
-    """
-    processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    outputs = {process.communicate(timeout=120)[0].strip() for process in processes}
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert outputs == {str(tiny_checkpoint_folder(MADE))}
-    assert [path.name for path in (cache / "turbodiffusion").iterdir()] == [tiny_checkpoint_folder(MADE).name]
-
-
-def test_is_not_made_twice() -> None:
-    folder = tiny_checkpoint_folder(MADE)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert tiny_checkpoint_folder(MADE) == folder
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
-def test_loads_through_the_same_loader() -> None:
-    files = find_files(TINY, tiny_checkpoint_folder(), quant_linear=False)
-    (dit,) = files.dit
-    checkpoint = open_checkpoint(dit)
-    assert checkpoint.dtype("patch_embedding.weight") == torch.bfloat16
-    for quant_linear in (False, True):
-        DenoiserLayout(TINY.dit, quant_linear=quant_linear).load(checkpoint, device="cpu", dtype=torch.float32)
-    TextEncoderLayout(TINY.text_encoder).load(open_checkpoint(files.text_encoder), device="cpu", dtype=torch.float32)
-    VAELayout(TINY.vae).load(open_checkpoint(files.vae), device="cpu", dtype=torch.float32)
+@pytest.mark.parametrize("model", [MODELS["tiny"], MODELS["tiny-I2V"]], ids=lambda model: model.name)
+def test_loads_through_the_same_loader(model: ModelConfig) -> None:
+    files = find_files(model, tiny_checkpoint_folder(), quant_linear=False)
+    for dit in files.dit:
+        checkpoint = open_checkpoint(dit)
+        assert checkpoint.dtype("patch_embedding.weight") == torch.bfloat16
+        for quant_linear in (False, True):
+            DenoiserLayout(model.dit, quant_linear=quant_linear).load(checkpoint, device="cpu", dtype=torch.float32)
+    TextEncoderLayout(model.text_encoder).load(open_checkpoint(files.text_encoder), device="cpu", dtype=torch.float32)
+    VAELayout(model.vae).load(open_checkpoint(files.vae), device="cpu", dtype=torch.float32)
     assert Tokenizer.from_folder(files.tokenizer).encode("a cat")
-    for path in (dit, files.text_encoder, files.vae):
+    for path in (*files.dit, files.text_encoder, files.vae):
         found = inspect_file(path, values=True)
-        assert found.models == (("tiny",) if path == dit else ("tiny", "tiny-I2V"))
+        assert found.models == ((model.name,) if path in files.dit else ("tiny", "tiny-I2V"))
         assert found.problems == ()
 
 
-def test_incomplete_folder_says_what_to_do(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = tmp_path / "turbodiffusion" / tiny_checkpoint_folder(MADE).name
-    broken.mkdir(parents=True)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"4 files of tiny-I2V absent(.|\n)*remove that folder"):
-        tiny_checkpoint_folder(MADE)
-
-
-def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "turbodiffusion").write_text("a file in the way")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(CheckpointError, match="set XDG_CACHE_HOME"):
-        tiny_checkpoint_folder(MADE)
+def test_size_of_what_is_shipped() -> None:
+    """Both models together, tokenizer included, stay under 24 MiB; the teacher is for the quality command alone."""
+    paths = [path for path in tiny_checkpoint_folder().rglob("*") if path.is_file() and "teacher" not in path.name]
+    assert len(paths) >= 5
+    assert sum(path.stat().st_size for path in paths) <= 24 * 2**20
 
 
 def test_every_absent_file_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from turbo_backend.config import TextEncoderConfig
+from turbo_backend.config import MODELS, TextEncoderConfig
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.nets.umt5 import UMT5Encoder
 from turbo_backend.nets.umt5_fused import PADDING, FusedEncoder
@@ -95,6 +95,19 @@ def test_recorded_on_the_gpu(encoder: UMT5Encoder, quantize: bool) -> None:
         assert relative_rmse(row[:length], exact) <= (0.08 if quantize else 2 * plain_error)
         assert torch.equal(net(one[None], [length])[0], row[:length])
         assert not bool(row[length:].any())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_heads_that_the_kernels_do_not_take_run_plain() -> None:
+    device = torch.device("cuda", 0)
+    net = UMT5Encoder(MODELS["tiny"].text_encoder)
+    initialize_random(net, 0)
+    plain, net = deepcopy(net).bfloat16().to(device), net.bfloat16()
+    net.prepare_for_inference(device)
+    net.warm_up(64)
+    tokens = draw_tokens(40)
+    assert torch.equal(net(tokens[None], [40]), plain(tokens[None], [40]))
 
 
 def _padded(tokens: Sequence[Tensor]) -> Tensor:

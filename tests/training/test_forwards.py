@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -19,9 +20,9 @@ from turbo_backend.nets.vae import WanVAE
 from turbo_backend.stages.image_encoder import EncodedImage, ImageEncoderStage, ImageRequest
 from turbo_training.attention_forward import TrainingAttention
 from turbo_training.dit_forward import Condition, TextBatch, velocity
-from turbo_training.finetune_sla import take_image
 from turbo_training.latents import encode_first_frames, with_mask
 from turbo_training.text_forward import encode_text, pad_tokens
+from turbo_training.train_teacher import take_image
 from turbo_training.vae_forward import (
     decode_latents,
     encode_moments,
@@ -67,6 +68,23 @@ def test_dit(
         dit, latents, timesteps, Condition(text), attention=TrainingAttention(topk=topk, explicit=explicit)
     )
     assert largest_difference(trained, served) < 1e-4
+
+
+@pytest.mark.parametrize("topk", [None, 0.3])
+def test_streams_are_those_after_each_block(
+    dit: WanDiT, inputs: tuple[torch.Tensor, torch.Tensor, TextBatch], topk: float | None
+) -> None:
+    latents, timesteps, text = inputs
+    attention = TrainingAttention(topk=topk)
+    shorter = deepcopy(dit)
+    shorter.blocks = shorter.blocks[:1]
+    streams: dict[WanDiT, list[torch.Tensor]] = {dit: [], shorter: []}
+    for net, found in streams.items():
+        out = velocity(net, latents, timesteps, Condition(text), attention=attention, streams=found)
+        assert torch.equal(out, velocity(net, latents, timesteps, Condition(text), attention=attention))
+    assert [len(found) for found in streams.values()] == [2, 1]
+    assert torch.equal(streams[dit][0], streams[shorter][0])
+    assert not torch.equal(streams[dit][1], streams[dit][0])
 
 
 # PyTorch's own rules for forward derivatives are loaded through what it calls deprecated.

@@ -46,6 +46,15 @@ def test_weights_shrink_by_what_decays() -> None:
     torch.testing.assert_close(weight.detach(), torch.full((4, 4), 0.95))
 
 
+def test_weights_without_a_gradient_stay() -> None:
+    used, unused = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+    muon = Muon([used, unused], lr=torch.tensor(0.1), weight_decay=0.5)
+    used.grad = torch.zeros(4, 4)
+    muon.step()
+    assert float(used.detach().max()) < 1
+    assert torch.equal(unused.detach(), torch.ones(4, 4))
+
+
 def test_a_restart_changes_nothing() -> None:
     gradients = torch.randn(6, 8, 12)
 

@@ -74,11 +74,19 @@ def test_one_image_through_the_stages() -> None:
 
 
 def test_one_prompt_through_the_stages(tmp_path: Path) -> None:
-    plan = Plan(num_prompts=2, num_compared_prompts=1, num_psnr_clips=1, num_frames=5, variants=VARIANTS[:1])
+    plan = Plan(
+        num_prompts=2,
+        num_compared_prompts=1,
+        num_psnr_clips=1,
+        num_image_prompts=1,
+        num_frames=5,
+        variants=VARIANTS[:1],
+    )
     lines: list[str] = []
     results = run_quality(tiny_checkpoint_folder(), plan, sheet=tmp_path / "sheet.png", say=lines.append)
     assert [len(verdicts) for verdicts in results.verdicts.values()] == [1, 2]
     summary = summarize(results)
     assert set(summary) == {"figures", "speedup", "variants", "met"}
     assert (tmp_path / "sheet.png").stat().st_size > 0
-    assert len(lines) == 3
+    assert [line.split()[0] for line in lines] == ["VAE:", "2", "image-to-video", "4"]
+    assert len(results.images) == 1

@@ -13,9 +13,10 @@ import torch
 from turbo_backend.checkpoints import DenoiserLayout, TextEncoderLayout, VAELayout, open_checkpoint
 from turbo_backend.tokenizer import Tokenizer
 from turbo_training.export import import_weights
+from turbo_training.latents import LatentBank
 from turbo_training.run import STAGES, Run
 from turbo_training.shapes import SMOKE
-from turbo_training.train_teacher import TeacherStage
+from turbo_training.train_teacher import TeacherStage, initialize_denoiser
 from turbo_training.trainer import Budget, Paused, is_done, run_stage
 
 pytestmark = [
@@ -43,10 +44,11 @@ def test_every_stage_ran_with_finite_losses(run: Run) -> None:
         assert len(lines) == getattr(SMOKE, name).max_steps
         assert [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
         assert (run.folder / name / "losses.png").stat().st_size > 0
-    for name in ("rcm", "i2v_rcm"):
-        log = (run.folder / name / "losses.jsonl").read_text(encoding="utf-8").splitlines()
-        assert {"step", "consistency", "score", "fake"} <= set().union(*map(json.loads, log))
-    for name in ("vae", "teacher", "sla", "rcm", "i2v", "i2v_rcm"):
+    for ending, losses in (("sla", {"data", "dense", "blocks"}), ("rcm", {"consistency", "score", "fake"})):
+        for name in (ending, f"i2v_{ending}"):
+            log = (run.folder / name / "losses.jsonl").read_text(encoding="utf-8").splitlines()
+            assert losses <= set().union(*map(json.loads, log))
+    for name in ("vae", "teacher", "sla", "rcm", "i2v", "i2v_sla", "i2v_rcm"):
         assert (run.folder / name / "sheet.png").stat().st_size > 0
 
 
@@ -103,12 +105,17 @@ def test_a_paused_run_goes_on(tmp_path: Path) -> None:
     assert is_done(tmp_path / "text")
 
 
+def make_teacher(bank: LatentBank) -> TeacherStage:
+    net = initialize_denoiser(SMOKE.model.dit, 3)
+    return TeacherStage("teacher", SMOKE.teacher, bank, net, seed=3, device=torch.device("cpu"))
+
+
 def test_resuming_gives_the_same_weights(run: Run, tmp_path: Path) -> None:
     bank = run.bank("latents")
 
     def train(folder: Path, *limits: int) -> dict[str, torch.Tensor]:
         for limit in limits:
-            stage = TeacherStage(SMOKE, bank, seed=3, device=torch.device("cpu"))
+            stage = make_teacher(bank)
             # The schedule follows progress: stop by an exception, as an interruption does.
             stop_after(stage, limit)
             try:
@@ -139,7 +146,7 @@ def stop_after(stage: TeacherStage, limit: int) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_stage(run: Run, tmp_path: Path) -> None:
-    stage = TeacherStage(SMOKE, run.bank("latents"), seed=3, device=torch.device("cpu"))
+    stage = make_teacher(run.bank("latents"))
     with torch.no_grad():
         stage.net.patch_embedding.weight[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="teacher: step 0"):

@@ -1,4 +1,4 @@
-"""Seeded random weights for any network of this package: the tiny default, tests, and benches at real shapes."""
+"""Seeded random weights for any network of this package: tests, and benches at real shapes."""
 
 from __future__ import annotations
 

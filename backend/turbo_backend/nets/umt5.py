@@ -17,6 +17,7 @@ from turbo_backend.config import TextEncoderConfig
 from turbo_backend.errors import InvalidArgument
 from turbo_backend.nets.umt5_fused import FusedEncoder
 from turbo_backend.quantization import quantize_to_fp8
+from turbo_kernels.checks import HEAD_DIMS
 
 
 def relative_buckets(length: int, *, num_buckets: int, max_distance: int) -> Tensor:
@@ -149,7 +150,7 @@ class UMT5Encoder(nn.Module):
 
         On a GPU in 16 bits the projections of q, k and v become one product, and so do those of gate and fc1, under
         the same state-dict keys, and a block runs through fused kernels (`umt5_fused`): the weights must then stay
-        where they are. On the CPU, or in float32, the plain layers run.
+        where they are. On the CPU, in float32, or with heads that those kernels do not take, the plain layers run.
 
         Args:
             device: of the blocks.
@@ -164,7 +165,8 @@ class UMT5Encoder(nn.Module):
             self.norm.to(device)
         else:
             self.to(device)
-        if device.type == "cuda" and self.norm.weight.dtype != torch.float32:
+        fits = self.config.dim_attn // self.config.num_heads in HEAD_DIMS
+        if device.type == "cuda" and self.norm.weight.dtype != torch.float32 and fits:
             self._fused = FusedEncoder(self)
 
     def warm_up(self, max_tokens: int) -> None:

@@ -245,7 +245,7 @@ def _check_weights(settings: Settings) -> Iterator[Finding]:
     from turbo_backend.checkpoints import find_files, tiny_checkpoint_folder
 
     for model in settings.served_models:
-        folder = settings.checkpoint_dir or tiny_checkpoint_folder(model)
+        folder = settings.checkpoint_dir or tiny_checkpoint_folder()
         files = find_files(model, folder, quant_linear=settings.quant_linear, dit=settings.dit_checkpoint or None)
         names = (*files.dit, files.text_encoder, files.vae)
         detail = ", ".join(f"{path.name} ({path.stat().st_size / 2**20:,.0f} MiB)" for path in names)

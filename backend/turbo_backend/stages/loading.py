@@ -262,7 +262,7 @@ def _find_files(settings: Settings) -> ModelFiles | None:
     """The weight files, or None where weights are random."""
     if settings.weights == "random":
         return None
-    folder = settings.checkpoint_dir or tiny_checkpoint_folder(settings.served_model)
+    folder = settings.checkpoint_dir or tiny_checkpoint_folder()
     return find_files(
         settings.served_model, folder, quant_linear=settings.quant_linear, dit=settings.dit_checkpoint or None
     )
