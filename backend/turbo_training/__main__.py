@@ -149,7 +149,7 @@ def measure_quality(
     images: Annotated[int, typer.Option(min=0, help="Images for image-to-video.")] = 12,
     frames: Annotated[int, typer.Option(min=5, help="Frames of each clip.")] = 33,
     seconds: Annotated[float, typer.Option(min=1, help="Time after which no further prompt is begun.")] = 540.0,
-    sheet: Annotated[Path | None, typer.Option(help="PNG of the first twelve prompts.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="PNG of twelve prompts, and of images beside it.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Measures a model on prompts that were held out of training; the last line is JSON."""

@@ -20,10 +20,12 @@ from turbo_training.train_vae import psnr
 from turbo_training.world import render
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ImageVerdict:
     """One clip: its first frame against the image, in dB, and whether each subject moves as the prompt says."""
 
+    text: str
+    clip: torch.Tensor
     first_frame: float
     motions: tuple[bool, ...]
 
@@ -47,7 +49,8 @@ def measure_image_to_video(
         )
         clip = torch.from_numpy(video.frames)
         verdict = judge(scene, measure(clip, num_subjects=len(scene.actors)))
-        yield ImageVerdict(first_frame=psnr(first, clip[0]), motions=tuple(verdict["motion"]))
+        motions = tuple(verdict["motion"])
+        yield ImageVerdict(text=text, clip=clip, first_frame=psnr(first, clip[0]), motions=motions)
 
 
 def _png(pixels_HWC: torch.Tensor) -> bytes:

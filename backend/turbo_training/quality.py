@@ -42,6 +42,9 @@ TARGETS = {"subject": 85.0, "color": 92.0, "motion": 88.0, "surroundings": 90.0,
 _TEACHER_STEPS = 50
 _PSNR_TARGET, _FIRST_FRAME_TARGET, _IMAGE_MOTION_TARGET = 30.0, 28.0, 85.0
 
+#: Clips of a contact sheet.
+_SHOWN = 12
+
 Verdict = dict[str, list[bool]]
 
 
@@ -143,7 +146,7 @@ def run_quality(
     """Measures the model `tiny` whose files are in `folder`.
 
     Args:
-        sheet: where to write a contact sheet of the first twelve prompts.
+        sheet: where to write a contact sheet of the first twelve prompts; one of the images goes beside it.
         say: told about each finished part.
     """
     started = time.monotonic()
@@ -179,11 +182,14 @@ def run_quality(
             break
         clip = _run(pipeline, prompt, MAIN, plan, results)
         results.languages.append(prompt.language)
-        if index < 12:
+        if index < _SHOWN:
             clips.append(clip)
     say(_line(MAIN.name, results.verdicts[MAIN.name]))
     if sheet is not None:
         write_sheet(clips, [prompt.text for prompt in prompts[: len(clips)]], sheet)
+        if shown := results.images[:_SHOWN]:
+            beside = sheet.with_stem(f"{sheet.stem}-images")
+            write_sheet([one.clip for one in shown], [one.text for one in shown], beside)
     return results
 
 
