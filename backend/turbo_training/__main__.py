@@ -142,14 +142,14 @@ def measure_quality(
     weights: Annotated[
         Path | None, typer.Option(help="Folder of the model `tiny`; by default the embedded one.")
     ] = None,
-    prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts, half of them Chinese.")] = 40,
+    prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts, half of them Chinese.")] = 60,
     compared: Annotated[int, typer.Option(min=1, help="Prompts for 2 steps, dense attention and int8.")] = 24,
     variants: Annotated[int, typer.Option(min=1, help="Prompts for each other variant.")] = 6,
     teacher: Annotated[int, typer.Option(min=0, help="Prompts for the teacher: minutes each on a CPU.")] = 0,
     images: Annotated[int, typer.Option(min=0, help="Images for image-to-video.")] = 12,
     frames: Annotated[int, typer.Option(min=5, help="Frames of each clip.")] = 33,
     seconds: Annotated[float, typer.Option(min=1, help="Time after which no further prompt is begun.")] = 540.0,
-    sheet: Annotated[Path | None, typer.Option(help="PNG of twelve prompts, and of images beside it.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="PNG of twelve scenes, and of images beside it.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Measures a model on prompts that were held out of training; the last line is JSON."""
