@@ -177,7 +177,8 @@ def run_quality(
             measure_image_to_video(served, num_prompts=plan.num_image_prompts, num_frames=plan.num_frames)
         )
         say(f"image-to-video ({len(results.images)} clips): first frame {_mean_first_frame(results):.1f} dB")
-    clips, texts = [], []
+    clips: list[torch.Tensor] = []
+    texts: list[str] = []
     for index, prompt in enumerate(prompts):
         if index >= plan.num_compared_prompts and time.monotonic() - started > plan.seconds:
             say(f"time is up after {index} of {len(prompts)} prompts")

@@ -20,7 +20,7 @@ from turbo_training.latents import LatentBank, load_bank, write_latents
 from turbo_training.samples import draw_samples
 from turbo_training.shapes import RunShape
 from turbo_training.text_forward import TextSource
-from turbo_training.train_teacher import TeacherStage, initialize_denoiser, take_image
+from turbo_training.train_teacher import TeacherStage, make_denoiser, take_image
 from turbo_training.train_text import TextStage
 from turbo_training.train_tokenizer import train_tokenizer
 from turbo_training.train_vae import VAEStage, load_vae
@@ -92,7 +92,7 @@ class Run:
         if name.startswith("i2v"):
             model, bank, teacher = shape.image_model, "i2v_latents", "i2v"
         if name == "teacher":
-            net = initialize_denoiser(model.dit, seed).to(device)
+            net = make_denoiser(model.dit, seed).to(device)
         elif name == "sla":
             net = self.denoiser("teacher")
         elif name in ("i2v", "i2v_sla"):  # each begins as the stage of text-to-video that it is like

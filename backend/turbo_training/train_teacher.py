@@ -69,8 +69,8 @@ def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 @torch.no_grad()
-def initialize_denoiser(config: DiTConfig, seed: int) -> WanDiT:
-    """Linears by fan-in, with gates, modulation and head starting at zero (adaLN-zero; Peebles and Xie, "DiT")."""
+def make_denoiser(config: DiTConfig, seed: int) -> WanDiT:
+    """A new one: linears by fan-in, gates, modulation and head at zero (adaLN-zero; Peebles and Xie, "DiT")."""
     torch.manual_seed(seed)
     net = WanDiT(config)
     for name, module in net.named_modules():

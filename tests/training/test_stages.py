@@ -16,7 +16,7 @@ from turbo_training.export import import_weights
 from turbo_training.latents import LatentBank
 from turbo_training.run import STAGES, Run
 from turbo_training.shapes import SMOKE
-from turbo_training.train_teacher import TeacherStage, initialize_denoiser
+from turbo_training.train_teacher import TeacherStage, make_denoiser
 from turbo_training.trainer import Budget, Paused, is_done, run_stage
 
 pytestmark = [
@@ -106,7 +106,7 @@ def test_a_paused_run_goes_on(tmp_path: Path) -> None:
 
 
 def make_teacher(bank: LatentBank) -> TeacherStage:
-    net = initialize_denoiser(SMOKE.model.dit, 3)
+    net = make_denoiser(SMOKE.model.dit, 3)
     return TeacherStage("teacher", SMOKE.teacher, bank, net, seed=3, device=torch.device("cpu"))
 
 
