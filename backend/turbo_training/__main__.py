@@ -13,10 +13,12 @@ import torch
 import typer
 
 from turbo_backend.checkpoints import tiny_checkpoint_folder
+from turbo_backend.sampler import MAX_STEPS
+from turbo_training.attention_forward import DENSE, TrainingAttention
 from turbo_training.captions import LANGUAGES, caption
 from turbo_training.export import import_weights
 from turbo_training.quality import Plan, read_recorded_teacher, run_quality, summarize, write_recorded_teacher
-from turbo_training.run import STAGES, Run, write_summary
+from turbo_training.run import DENOISERS, STAGES, Run, write_summary
 from turbo_training.scene import sample_scene
 from turbo_training.shapes import FULL, SMOKE
 from turbo_training.sheets import write_sheet
@@ -27,6 +29,7 @@ from turbo_training.world import render
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 StageName = Enum("StageName", {name: name for name in STAGES}, type=str)  # type: ignore[misc]
+DenoiserName = Enum("DenoiserName", {name: name for name in DENOISERS}, type=str)  # type: ignore[misc]
 
 Out = Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on from there.")]
 Minutes = Annotated[float, typer.Option(min=0.01, help="Time of all stages together.")]
@@ -92,6 +95,29 @@ def _train(
         return
     write_summary(run, seconds)
     print(" ".join(f"{name} {value:.0f}s" for name, value in seconds.items()))
+
+
+@app.command("judge")
+def judge_stage(
+    name: Annotated[DenoiserName, typer.Argument(help="A finished stage.")],
+    out: Out,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts, half of them Chinese.")] = 96,
+    steps: Annotated[int, typer.Option(min=1, max=MAX_STEPS, help="Of the stages `rcm` and `i2v_rcm`.")] = 4,
+    topk: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of key blocks; 0 for dense attention.")
+    ] = None,
+    smoke: Smoke = False,
+    device: Device = "auto",
+) -> None:
+    """How often a stage's network shows what prompts say, by the training forwards; the last line is JSON.
+
+    A quick look while training; `quality` measures exported files through the stages that serve.
+    """
+    run = Run(shape=SMOKE if smoke else FULL, folder=out, minutes=1, seed=0, device=_device(device))
+    attention = None if topk is None else DENSE if topk == 0 else TrainingAttention(topk=topk)
+    accuracies = run.sampler(name.value, attention=attention, num_steps=steps).judge(prompts)
+    percent = {attribute: round(accuracy.percent, 2) for attribute, accuracy in accuracies.items()}
+    print(json.dumps({"stage": name.value, "prompts": prompts, "percent": percent}))
 
 
 @app.command("world")

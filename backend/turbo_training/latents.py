@@ -25,7 +25,9 @@ from turbo_training.world import render
 #: Captions of each clip, in languages drawn at random, and the rows that they are padded to.
 _CAPTIONS, _ROWS = 4, 80
 #: Share of clips in which the light changes, by task; captions of text-to-video do not speak of changes.
-_CHANGING_LIGHT = {"t2v": 0.0, "i2v": 0.3}
+CHANGING_LIGHT = {"t2v": 0.0, "i2v": 0.3}
+#: Share of clips with two subjects, which are harder to tell apart than one is to draw.
+_TWO_SUBJECTS = 1 / 3
 #: Clips rendered together, and encoded together.
 _RENDERED, _ENCODED = 256, 16
 
@@ -104,7 +106,14 @@ def write_latents(
     parts: dict[str, list[Tensor]] = {"latents": [], "images": [], "token_ids": [], "lengths": []}
     count, at_once, end = 0, min(_RENDERED, num_clips), time.monotonic() + 60 * minutes
     while count < num_clips and (time.monotonic() < end or not count):
-        scenes = [sample_scene(generator, changing_light=_CHANGING_LIGHT[task]) for _ in range(at_once)]
+        scenes = [
+            sample_scene(
+                generator,
+                num_actors=1 + (generator.random() < _TWO_SUBJECTS),
+                changing_light=CHANGING_LIGHT[task],
+            )
+            for _ in range(at_once)
+        ]
         clips = render(scenes, num_frames=shape.num_frames, height=shape.height, width=shape.width, device=device)
         for some in clips.split(_ENCODED):
             parts["latents"].append(encode_clips(vae, some))

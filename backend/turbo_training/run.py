@@ -13,11 +13,12 @@ import torch
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.umt5 import UMT5Encoder
 from turbo_backend.tokenizer import Tokenizer
+from turbo_training.attention_forward import TrainingAttention
 from turbo_training.distill_rcm import RCMStage
 from turbo_training.export import export_weights
 from turbo_training.finetune_sla import SparseStage
 from turbo_training.latents import LatentBank, load_bank, write_latents
-from turbo_training.samples import draw_samples
+from turbo_training.samples import StageSampler
 from turbo_training.shapes import RunShape
 from turbo_training.text_forward import TextSource
 from turbo_training.train_teacher import TeacherStage, make_denoiser, take_image
@@ -27,6 +28,8 @@ from turbo_training.train_vae import VAEStage, load_vae
 from turbo_training.trainer import Budget, Paused, Stage, is_done, load_modules, run_stage
 
 STAGES = ("vae", "text", "latents", "teacher", "sla", "rcm", "i2v_latents", "i2v", "i2v_sla", "i2v_rcm", "export")
+#: Stages that leave a denoiser.
+DENOISERS = ("teacher", "sla", "rcm", "i2v", "i2v_sla", "i2v_rcm")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,7 +82,7 @@ class Run:
             seed=self.seed,
             pause_at=self.pause_at,
             quiet=self.quiet,
-            finish=lambda: self._draw_samples(name),
+            finish=lambda: self._write_sheet(name),
         )
 
     def _make(self, name: str) -> Stage:
@@ -151,16 +154,21 @@ class Run:
             self._banks[name] = load_bank(self.folder / name / "latents.pt", self.text_source())
         return self._banks[name]
 
-    def _draw_samples(self, name: str) -> None:
-        if name not in ("vae", "text"):
-            draw_samples(
-                self.shape,
-                self.denoiser(name),
-                self.text_source(),
-                load_vae(self.shape, self.folder / "vae", self.device),
-                stage=name,
-                path=self.folder / name / "sheet.png",
-            )
+    def _write_sheet(self, name: str) -> None:
+        if name in DENOISERS:
+            self.sampler(name).write_sheet(self.folder / name / "sheet.png")
+
+    def sampler(self, stage: str, *, attention: TrainingAttention | None = None, num_steps: int = 4) -> StageSampler:
+        """What makes clips with the finished denoiser of a stage."""
+        return StageSampler(
+            stage=stage,
+            shape=self.shape,
+            net=self.denoiser(stage),
+            texts=self.text_source(),
+            vae=load_vae(self.shape, self.folder / "vae", self.device),
+            attention=attention,
+            num_steps=num_steps,
+        )
 
     def export(self) -> None:
         """Writes `weights/`, which `TURBO_CHECKPOINT_DIR` takes for the models `tiny` and `tiny-I2V`."""

@@ -14,7 +14,7 @@ from turbo_backend.checkpoints import DenoiserLayout, TextEncoderLayout, VAELayo
 from turbo_backend.tokenizer import Tokenizer
 from turbo_training.export import import_weights
 from turbo_training.latents import LatentBank
-from turbo_training.run import STAGES, Run
+from turbo_training.run import DENOISERS, STAGES, Run
 from turbo_training.shapes import SMOKE
 from turbo_training.train_teacher import TeacherStage, make_denoiser
 from turbo_training.trainer import Budget, Paused, is_done, run_stage
@@ -50,6 +50,13 @@ def test_every_stage_ran_with_finite_losses(run: Run) -> None:
             assert losses <= set().union(*map(json.loads, log))
     for name in ("vae", "teacher", "sla", "rcm", "i2v", "i2v_sla", "i2v_rcm"):
         assert (run.folder / name / "sheet.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_every_stage_can_be_judged(run: Run, name: str) -> None:
+    accuracies = run.sampler(name, num_steps=2).judge(3)
+    assert {accuracies[attribute].total for attribute in ("surroundings", "light", "camera")} == {3}
+    assert accuracies == run.sampler(name, num_steps=2).judge(3)
 
 
 def test_what_is_exported_loads_strictly(run: Run) -> None:
