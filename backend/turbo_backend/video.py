@@ -122,7 +122,7 @@ class MP4Encoder:
         return self._buffer.getvalue()
 
     def abandon(self) -> None:
-        """Ends the threads."""
+        """Ends the threads; again does nothing."""
         self._end_section()
         for section in self._sections:
             section.join()

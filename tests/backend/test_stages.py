@@ -495,6 +495,7 @@ class TestVAEDecoder:
             for seed in (1, 2, 3)
         ]
         cancellations.request("token 3")
+        before = threading.active_count()
         seen: dict[int, list[DecodedChunk | DecodedVideo | TurboError]] = {0: [], 1: [], 2: []}
         for index, update in stage.decode(requests):
             seen[index].append(update)
@@ -505,9 +506,9 @@ class TestVAEDecoder:
         assert [type(update) for update in seen[2]] == [Cancelled]
         assert video_of(seen[1][-1]).mp4 == video_of(*decode(vae_decoder, [requests[1]])).mp4
         assert not list(tmp_path.iterdir()), "cancellations that were carried out are forgotten"
+        assert threading.active_count() == before, "the encoders of the cancelled were abandoned"
 
         cancellations.request("token 2")
-        before = threading.active_count()
         (only,) = stage.decode([requests[1]])
         assert isinstance(only[1], Cancelled)
         assert threading.active_count() == before, "no encoder is left"

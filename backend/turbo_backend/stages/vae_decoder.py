@@ -157,28 +157,23 @@ class VAEDecoderStage:
                         sink.add(frames.wait())
                     for index in indices:
                         yield index, DecodedChunk(step=chunk, step_count=num_chunks)
-        except GeneratorExit:  # all were cancelled
-            for sink in sinks:
-                sink.abandon()
-            raise
+            milliseconds = (time.perf_counter() - started) * 1000
+            for index, sink in zip(indices, sinks, strict=True):
+                yield index, _finish(sink, num_chunks, milliseconds, len(requests))
+            return
         except Exception as error:
-            for sink in sinks:
-                sink.abandon()
-            if len(requests) == 1:
-                yield indices[0], as_turbo_error(error, "vae_decoder")
+            if is_alone := len(requests) == 1:
+                failure = as_turbo_error(error, "vae_decoder")
             else:  # what fails together may do alone
                 _log.warning("%d requests failed as one batch, each now runs alone: %s", len(requests), error)
-                for index, request in zip(indices, requests, strict=True):
-                    yield from self._decode_group([index], [request])
+        finally:  # also where nobody asks for the rest, because all that is left was cancelled
+            for sink in sinks:
+                sink.abandon()
+        if is_alone:
+            yield indices[0], failure
             return
-        milliseconds = (time.perf_counter() - started) * 1000
-        for index, sink in zip(indices, sinks, strict=True):
-            try:
-                video = sink.finish(num_chunks, milliseconds, len(requests))
-            except Exception as error:
-                yield index, as_turbo_error(error, "video encoder")
-            else:
-                yield index, video
+        for index, request in zip(indices, requests, strict=True):
+            yield from self._decode_group([index], [request])
 
     @property
     def _device(self) -> torch.device:
@@ -196,6 +191,13 @@ def _one_behind(items: Iterator[_T]) -> Iterator[_T]:
     for item, _ in itertools.pairwise(itertools.chain(items, [None])):
         assert item is not None
         yield item
+
+
+def _finish(sink: _VideoSink, num_chunks: int, milliseconds: float, batch_size: int) -> DecodedVideo | TurboError:
+    try:
+        return sink.finish(num_chunks, milliseconds, batch_size)
+    except Exception as error:
+        return as_turbo_error(error, "video encoder")
 
 
 class _VideoSink:
@@ -252,6 +254,7 @@ class _VideoSink:
         return DecodedVideo(step_count=num_chunks, report=report, mp4=mp4, frames=frames)
 
     def abandon(self) -> None:
+        """Ends the encoder's threads, if it has not finished."""
         if self._encoder is not None:
             self._encoder.abandon()
 
