@@ -136,7 +136,7 @@ def measure_crowd(arguments: argparse.Namespace) -> Result:
 
 
 def measure_cancel(arguments: argparse.Namespace) -> Result:
-    """From the answer to a cancellation to the job's end, and the steps told in between."""
+    """From the wish to cancel to the job's end, and the steps told after the answer."""
     with reach(arguments) as (client, _):
         cancels = cancel_jobs(client, arguments.cancels, arguments.seed)
     p50, p99 = statistics.median(cancels.milliseconds), percentile(cancels.milliseconds, 99)
