@@ -23,7 +23,7 @@ from turbo_training.scene import sample_scene
 from turbo_training.shapes import FULL, SMOKE
 from turbo_training.sheets import write_sheet
 from turbo_training.train_measures import make_measures
-from turbo_training.trainer import Paused
+from turbo_training.trainer import Paused, is_done
 from turbo_training.validate_measures import validate_measures
 from turbo_training.world import render
 
@@ -113,6 +113,8 @@ def judge_stage(
 
     A quick look while training; `quality` measures exported files through the stages that serve.
     """
+    if not is_done(out / name.value):
+        raise typer.BadParameter(f"{out / name.value}: this stage is not done", param_hint="'NAME'")
     run = Run(shape=SMOKE if smoke else FULL, folder=out, minutes=1, seed=0, device=_device(device))
     attention = None if topk is None else DENSE if topk == 0 else TrainingAttention(topk=topk)
     accuracies = run.sampler(name.value, attention=attention, num_steps=steps).judge(prompts)

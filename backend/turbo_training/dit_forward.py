@@ -88,18 +88,19 @@ def velocity(
         modulation_B6M = projection(act_again(time_BM)).unflatten(-1, (6, config.dim))
     context_BSM, bias = _embed_text(net, condition.text)
     between = _compiled_between() if compiled else _BETWEEN
-    stream, joined = _Stream(net.patch_embedding(patchify(latents, config.patch_size)).float()), []
-    for block in net.blocks:
+    stream = _Stream(net.patch_embedding(patchify(latents, config.patch_size)).float())
+    for index, block in enumerate(net.blocks):
         assert isinstance(block, Block)
         modulation = tuple((block.modulation + modulation_B6M)[:, :, None].unbind(1))
         stream, x_BLM = _block(block, stream, modulation, context_BSM, bias, rope, attention, between)
-        joined.append(x_BLM)
+        if streams is not None and index:
+            streams.append(x_BLM)
     shift, scale = (net.head.modulation + time_BM[:, None])[:, :, None].unbind(1)
     with torch.autocast(latents.device.type, enabled=False):
         x_BLM, h = between.join_norm(stream.x, stream.out, stream.gate, 1 + scale, shift, config.eps, torch.float32)
         out_BLP = net.head.head(h)
     if streams is not None:
-        streams += [*joined[1:], x_BLM]
+        streams.append(x_BLM)
     return unpatchify(out_BLP, grid, config.patch_size)
 
 
