@@ -35,6 +35,8 @@ class TrainingAttention:
 DENSE = TrainingAttention()
 #: What servers run by default, with the share that is recommended for quality.
 SPARSE = TrainingAttention(topk=0.15)
+#: The same as `sagesla` has it on Hopper.
+SPARSE_ON_HOPPER = TrainingAttention(topk=0.15, block_q=64, block_k=128)
 
 
 def attend(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias: Tensor | None = None, *, explicit: bool) -> Tensor:

@@ -9,7 +9,7 @@ F = dx/da by
 Two losses make the student (a third network, the fake score, follows the student's own samples):
 
     consistency   g = -c sqrt(1 - r^2 s^2) (F - F_teacher) - r (c s x + c s dF/da), with dF/da along the teacher's path;
-                  g <- g / (|g| + 0.1);   100 |F - sg(F) - g|^2          r rises from 0 to 1 (tangent warm-up)
+                  g <- g / (|g| + 0.1);   100 w |F - sg(F) - g|^2        r rises from 0 to 1 (tangent warm-up)
     score         a sample y of 1 to 4 steps; d = (x_0,fake(y_a) - x_0,teacher(y_a)) / mean |y - x_0,teacher|;
                   |y - sg(y - d)|^2
     fake score    |y - x_0,fake(y_a)|^2 / s^2
@@ -20,7 +20,7 @@ tangent and its warm-up; DMD2 paper for the score.
 Simplified against the paper's setting: data are the procedural world's own clips instead of teacher samples; the
 derivative is taken by forward-mode differentiation of plain attention in float32 instead of a fused kernel; the
 warm-up also scales the term with dF/da, as in the sCM paper (the published code leaves it out there); the student's
-attention is sparse from the start.
+attention is sparse from the start. Added: weights w, larger where a subject is (`LatentBank.draw`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from torch import Tensor
 
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.sampler import MAX_STEPS, RCMSchedule
-from turbo_training.attention_forward import DENSE, SPARSE, TrainingAttention
+from turbo_training.attention_forward import DENSE, SPARSE, SPARSE_ON_HOPPER, TrainingAttention
 from turbo_training.dit_forward import Condition
-from turbo_training.finetune_sla import DENSE_SHARE, GEOMETRIES
+from turbo_training.finetune_sla import DENSE_SHARE
 from turbo_training.flow import VelocityFn, expand, guided, velocity_of
 from turbo_training.latents import LatentBank
 from turbo_training.shapes import StageShape
@@ -121,13 +121,12 @@ class RCMStage(Stage):
     def _draw_attention(self) -> TrainingAttention:
         if self.generator.random() < DENSE_SHARE:
             return DENSE
-        block_q, block_k = GEOMETRIES[self.generator.random() < 0.25]
-        return replace(SPARSE, block_q=block_q, block_k=block_k)
+        return SPARSE_ON_HOPPER if self.generator.random() < 0.25 else SPARSE
 
     def _update_student(self, attention: TrainingAttention, num_steps: int) -> dict[str, Tensor]:
-        x0, condition = self.bank.draw(self.size.batch_size)
+        x0, condition, weight = self.bank.draw(self.size.batch_size)
         count = max(1, len(x0) // _CONSISTENCY_PART)
-        losses = {"consistency": self._consistency(x0[:count], condition.first(count), attention)}
+        losses = {"consistency": self._consistency(x0[:count], condition.first(count), weight[:count], attention)}
         if num_steps:
             losses["score"] = self._score(x0, condition, attention, num_steps=num_steps)
         self.optimizer.zero_grad()
@@ -138,7 +137,9 @@ class RCMStage(Stage):
     def _student(self, attention: TrainingAttention) -> VelocityFn:
         return velocity_of(self.net, attention, compiled=self.is_on_gpu)
 
-    def _consistency(self, x0: Tensor, condition: Condition, attention: TrainingAttention) -> Tensor:
+    def _consistency(
+        self, x0: Tensor, condition: Condition, weight: Tensor, attention: TrainingAttention
+    ) -> Tensor:
         angle = torch.atan(torch.exp(_LOG_SIGMA_MEAN + _LOG_SIGMA_STD * torch.randn(len(x0), device=self.device)))
         c, s = expand(angle.cos()), expand(angle.sin())
         x = c * x0 + s * torch.randn_like(x0)
@@ -153,7 +154,7 @@ class RCMStage(Stage):
         held, warmup = output.detach(), self._warmup
         g = -c * (1 - (warmup * s).square()).sqrt() * (held - teacher) - warmup * (c * s * x + derivative)
         g = g / (g.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1) + 0.1)
-        return _CONSISTENCY * (output - held - g).square().flatten(1).sum(1).mean()
+        return _CONSISTENCY * (weight * (output - held - g).square()).flatten(1).sum(1).mean()
 
     def _score(self, x0: Tensor, condition: Condition, attention: TrainingAttention, *, num_steps: int) -> Tensor:
         sample = self._simulate(x0, condition, attention, num_steps, with_gradient=True)
@@ -168,7 +169,7 @@ class RCMStage(Stage):
         return _SCORE * (sample - target).square().flatten(1).sum(1).mean()
 
     def _update_fake(self, num_steps: int) -> dict[str, Tensor]:
-        x0, condition = self.bank.draw(self.size.batch_size)
+        x0, condition, _ = self.bank.draw(self.size.batch_size)
         sample = self._simulate(x0, condition, SPARSE, num_steps, with_gradient=False)
         angle = self._draw_score_angles(len(x0))
         noisy = expand(angle.cos()) * sample + expand(angle.sin()) * torch.randn_like(x0)

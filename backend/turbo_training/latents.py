@@ -20,7 +20,7 @@ from turbo_training.shapes import RunShape
 from turbo_training.sheets import to_video
 from turbo_training.text_forward import TextSource, tokenize
 from turbo_training.vae_forward import encode_moments, normalize_latents
-from turbo_training.world import render
+from turbo_training.world import render, render_labels
 
 #: Captions of each clip, in languages drawn at random, and the rows that they are padded to.
 _CAPTIONS, _ROWS = 4, 80
@@ -28,6 +28,8 @@ _CAPTIONS, _ROWS = 4, 80
 CHANGING_LIGHT = {"t2v": 0.0, "i2v": 0.3}
 #: Share of clips with two subjects, which are harder to tell apart than one is to draw.
 _TWO_SUBJECTS = 1 / 3
+#: How much more a place counts where a subject is: a twentieth of the frame, by which clips are told apart.
+_ON_SUBJECTS = 5.0
 #: Clips rendered together, and encoded together.
 _RENDERED, _ENCODED = 256, 16
 
@@ -38,20 +40,25 @@ class LatentBank:
 
     Attributes:
         latents: bfloat16 [N, 16, T, h, w].
-        images: the same of each clip's first frame followed by grey (image-to-video), or None.
+        covers: bool [N, T, h, w]: where a subject is, in any of the frames that a latent stands for.
+        images: latents of each clip's first frame followed by grey (image-to-video), or None.
         text: bfloat16 [N, captions, S, C].
         lengths: [N, captions].
         nothing: the empty caption, [1, S, C].
     """
 
     latents: Tensor
+    covers: Tensor
     images: Tensor | None
     text: Tensor
     lengths: Tensor
     nothing: TextBatch
 
-    def draw(self, batch_size: int, *, dropped: float = 0.0) -> tuple[Tensor, Condition]:
-        """Float32 latents and what they show; a share `dropped` of the captions is empty."""
+    def draw(self, batch_size: int, *, dropped: float = 0.0) -> tuple[Tensor, Condition, Tensor]:
+        """Float32 latents, what they show, and weights [B, 1, T, h, w] of mean 1 that are larger on subjects.
+
+        A share `dropped` of the captions is empty.
+        """
         device = self.latents.device
         rows = torch.randint(len(self.latents), (batch_size,), device=device)
         which = torch.randint(self.text.shape[1], (batch_size,), device=device)
@@ -61,7 +68,8 @@ class LatentBank:
             torch.where(is_dropped, self.nothing.lengths, self.lengths[rows, which]),
         )
         image = None if self.images is None else with_mask(self.images[rows].float())
-        return self.latents[rows].float(), Condition(text, image)
+        weight = 1 + _ON_SUBJECTS * self.covers[rows].float().unsqueeze(1)
+        return self.latents[rows].float(), Condition(text, image), weight / weight.mean()
 
 
 def with_mask(images: Tensor) -> Tensor:
@@ -103,7 +111,7 @@ def write_latents(
     The same seed gives the same scenes and captions in the same order, however many there are.
     """
     device, generator = vae.conv1.weight.device, random.Random(seed)
-    parts: dict[str, list[Tensor]] = {"latents": [], "images": [], "token_ids": [], "lengths": []}
+    parts: dict[str, list[Tensor]] = {"latents": [], "covers": [], "images": [], "token_ids": [], "lengths": []}
     count, at_once, end = 0, min(_RENDERED, num_clips), time.monotonic() + 60 * minutes
     while count < num_clips and (time.monotonic() < end or not count):
         scenes = [
@@ -114,7 +122,10 @@ def write_latents(
             )
             for _ in range(at_once)
         ]
-        clips = render(scenes, num_frames=shape.num_frames, height=shape.height, width=shape.width, device=device)
+        size = {"num_frames": shape.num_frames, "height": shape.height, "width": shape.width, "device": device}
+        clips = render(scenes, **size)
+        labels = render_labels(scenes, **size, label_height=shape.height // 8, label_width=shape.width // 8)
+        parts["covers"].append(_by_latent_frame(labels > 0))
         for some in clips.split(_ENCODED):
             parts["latents"].append(encode_clips(vae, some))
             if task == "i2v":
@@ -139,12 +150,19 @@ def write_latents(
     temporary.replace(path)
 
 
+def _by_latent_frame(is_there: Tensor) -> Tensor:
+    """bool [B, 1 + 4 n, h, w] to [B, 1 + n, h, w]: whether so in any of the frames."""
+    rest = is_there[:, 1:].unflatten(1, (-1, 4)).any(2)
+    return torch.cat((is_there[:, :1], rest), dim=1)
+
+
 def load_bank(path: Path, texts: TextSource) -> LatentBank:
     """What `write_latents` wrote, captions embedded, on the encoder's device."""
     state = torch.load(path, map_location=texts.device, weights_only=True)
     text = texts.embed_tokens(state["token_ids"].int(), state["lengths"])
     return LatentBank(
         state["latents"],
+        state["covers"],
         state.get("images"),
         text.embeddings.unflatten(0, (-1, _CAPTIONS)),
         text.lengths.unflatten(0, (-1, _CAPTIONS)),

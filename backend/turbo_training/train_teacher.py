@@ -51,7 +51,7 @@ class TeacherStage(Stage):
         return losses
 
     def _update(self) -> dict[str, torch.Tensor]:
-        x0, condition = self.bank.draw(self.size.batch_size, dropped=DROPPED)
+        x0, condition, _ = self.bank.draw(self.size.batch_size, dropped=DROPPED)
         noise, t = torch.randn_like(x0), draw_times(len(x0), self.device)
         with self.precision():
             v = self._velocity(torch.lerp(x0, noise, expand(t)), t, condition)

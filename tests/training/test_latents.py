@@ -34,5 +34,15 @@ def test_groups_whose_longest_captions_differ_make_one_bank(tmp_path: Path, monk
     assert bank.text.shape[2] == bank.nothing.embeddings.shape[1] == -(-int(lengths.max()) // 8) * 8
     is_text = torch.arange(bank.text.shape[2]) < bank.lengths[..., None]
     assert torch.equal(bank.text.abs().sum(-1) > 0, is_text)
-    drawn, condition = bank.draw(3, dropped=0.5)
+    drawn, condition, weight = bank.draw(3, dropped=0.5)
     assert drawn.shape[0] == condition.text.embeddings.shape[0] == 3
+    assert weight.shape == (3, 1, *drawn.shape[2:])
+    assert float(weight.mean()) == pytest.approx(1, abs=1e-5)
+    assert float(weight.max() / weight.min()) == pytest.approx(1 + latents._ON_SUBJECTS)
+
+
+def test_a_latent_frame_covers_what_any_of_its_frames_shows() -> None:
+    is_there = torch.zeros(1, 9, 2, 2, dtype=torch.bool)
+    is_there[0, 0, 0, 0] = is_there[0, 3, 0, 1] = is_there[0, 8, 1, 1] = True
+    covers = latents._by_latent_frame(is_there)
+    assert covers.nonzero().tolist() == [[0, 0, 0, 0], [0, 1, 0, 1], [0, 2, 1, 1]]
