@@ -137,9 +137,7 @@ class RCMStage(Stage):
     def _student(self, attention: TrainingAttention) -> VelocityFn:
         return velocity_of(self.net, attention, compiled=self.is_on_gpu)
 
-    def _consistency(
-        self, x0: Tensor, condition: Condition, weight: Tensor, attention: TrainingAttention
-    ) -> Tensor:
+    def _consistency(self, x0: Tensor, condition: Condition, weight: Tensor, attention: TrainingAttention) -> Tensor:
         angle = torch.atan(torch.exp(_LOG_SIGMA_MEAN + _LOG_SIGMA_STD * torch.randn(len(x0), device=self.device)))
         c, s = expand(angle.cos()), expand(angle.sin())
         x = c * x0 + s * torch.randn_like(x0)

@@ -122,9 +122,11 @@ def write_latents(
             )
             for _ in range(at_once)
         ]
-        size = {"num_frames": shape.num_frames, "height": shape.height, "width": shape.width, "device": device}
-        clips = render(scenes, **size)
-        labels = render_labels(scenes, **size, label_height=shape.height // 8, label_width=shape.width // 8)
+        size = {"num_frames": shape.num_frames, "height": shape.height, "width": shape.width}
+        clips = render(scenes, **size, device=device)
+        labels = render_labels(
+            scenes, **size, label_height=shape.height // 8, label_width=shape.width // 8, device=device
+        )
         parts["covers"].append(_by_latent_frame(labels > 0))
         for some in clips.split(_ENCODED):
             parts["latents"].append(encode_clips(vae, some))
