@@ -17,6 +17,7 @@ from turbo_backend.sampler import MAX_STEPS
 from turbo_training.attention_forward import DENSE, TrainingAttention
 from turbo_training.captions import LANGUAGES, caption
 from turbo_training.export import import_weights
+from turbo_training.judge import tally_by_subjects
 from turbo_training.quality import Plan, read_recorded_teacher, run_quality, summarize, write_recorded_teacher
 from turbo_training.run import DENOISERS, STAGES, Run, write_summary
 from turbo_training.scene import sample_scene
@@ -117,8 +118,11 @@ def judge_stage(
         raise typer.BadParameter(f"{out / name.value}: this stage is not done", param_hint="'NAME'")
     run = Run(shape=SMOKE if smoke else FULL, folder=out, minutes=1, seed=0, device=_device(device))
     attention = None if topk is None else DENSE if topk == 0 else TrainingAttention(topk=topk)
-    accuracies = run.sampler(name.value, attention=attention, num_steps=steps).judge(prompts)
-    percent = {attribute: round(accuracy.percent, 2) for attribute, accuracy in accuracies.items()}
+    verdicts = run.sampler(name.value, attention=attention, num_steps=steps).judge(prompts)
+    percent = {
+        some: {attribute: round(accuracy.percent, 2) for attribute, accuracy in accuracies.items()}
+        for some, accuracies in tally_by_subjects(verdicts).items()
+    }
     print(json.dumps({"stage": name.value, "prompts": prompts, "percent": percent}))
 
 

@@ -9,7 +9,7 @@ F = dx/da by
 Two losses make the student (a third network, the fake score, follows the student's own samples):
 
     consistency   g = -c sqrt(1 - r^2 s^2) (F - F_teacher) - r (c s x + c s dF/da), with dF/da along the teacher's path;
-                  g <- g / (|g| + 0.1);   100 w |F - sg(F) - g|^2        r rises from 0 to 1 (tangent warm-up)
+                  g <- g / (|g| + 0.1);   20 w |F - sg(F) - g|^2         r rises from 0 to 1 (tangent warm-up)
     score         a sample y of 1 to 4 steps; d = (x_0,fake(y_a) - x_0,teacher(y_a)) / mean |y - x_0,teacher|;
                   |y - sg(y - d)|^2
     fake score    |y - x_0,fake(y_a)|^2 / s^2
@@ -20,7 +20,7 @@ tangent and its warm-up; DMD2 paper for the score.
 Simplified against the paper's setting: data are the procedural world's own clips instead of teacher samples; the
 derivative is taken by forward-mode differentiation of plain attention in float32 instead of a fused kernel; the
 warm-up also scales the term with dF/da, as in the sCM paper (the published code leaves it out there); the student's
-attention is sparse from the start. Added: weights w, larger where a subject is (`LatentBank.draw`).
+attention is sparse from the start. Added: weights w of places (`LatentBank.draw`).
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ from turbo_training.attention_forward import DENSE, SPARSE, SPARSE_ON_HOPPER, Tr
 from turbo_training.dit_forward import Condition
 from turbo_training.finetune_sla import DENSE_SHARE
 from turbo_training.flow import VelocityFn, expand, guided, velocity_of
-from turbo_training.latents import LatentBank
+from turbo_training.latents import ON_SUBJECTS, LatentBank
 from turbo_training.shapes import StageShape
 from turbo_training.trainer import EMA, Stage
 
-_CONSISTENCY, _SCORE = 100.0, 1.0
+#: Published is 100 to 1. The tangent's length is one however many elements there are, and the score's grows as their
+#: square root: with 25 times fewer the same balance is a fifth.
+_CONSISTENCY, _SCORE = 20.0, 1.0
 #: The derivative costs as much as all the rest: a part of each batch gets that loss.
 _CONSISTENCY_PART = 2
 #: One update of the student to two of the fake score.
@@ -124,7 +126,7 @@ class RCMStage(Stage):
         return SPARSE_ON_HOPPER if self.generator.random() < 0.25 else SPARSE
 
     def _update_student(self, attention: TrainingAttention, num_steps: int) -> dict[str, Tensor]:
-        x0, condition, weight = self.bank.draw(self.size.batch_size)
+        x0, condition, weight = self.bank.draw(self.size.batch_size, on_subjects=ON_SUBJECTS)
         count = max(1, len(x0) // _CONSISTENCY_PART)
         losses = {"consistency": self._consistency(x0[:count], condition.first(count), weight[:count], attention)}
         if num_steps:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from turbo_backend.nets.dit import WanDiT
 from turbo_training.attention_forward import DENSE, SPARSE, SPARSE_ON_HOPPER, TrainingAttention
 from turbo_training.flow import draw_times, expand, velocity_of
-from turbo_training.latents import LatentBank
+from turbo_training.latents import ON_SUBJECTS, LatentBank
 from turbo_training.shapes import StageShape
 from turbo_training.train_teacher import DROPPED, is_block_matrix
 from turbo_training.trainer import EMA, Stage
@@ -79,7 +79,7 @@ class SparseStage(Stage):
         return losses
 
     def _update(self, attention: TrainingAttention) -> dict[str, torch.Tensor]:
-        x0, condition, weight = self.bank.draw(self.size.batch_size, dropped=DROPPED)
+        x0, condition, weight = self.bank.draw(self.size.batch_size, dropped=DROPPED, on_subjects=ON_SUBJECTS)
         noise, t = torch.randn_like(x0), draw_times(len(x0), self.device)
         x = torch.lerp(x0, noise, expand(t))
         mine: list[torch.Tensor] = []

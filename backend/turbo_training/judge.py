@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from turbo_training.measures import Measured
@@ -59,3 +59,12 @@ def tally(verdicts: Iterable[dict[str, list[bool]]]) -> dict[str, Accuracy]:
             right[name] += sum(decisions)
             total[name] += len(decisions)
     return {name: Accuracy(right[name], total[name]) for name in ATTRIBUTES}
+
+
+def tally_by_subjects(verdicts: Sequence[dict[str, list[bool]]]) -> dict[str, dict[str, Accuracy]]:
+    """Accuracies over clips of one and of two subjects apart, where there are any."""
+    apart = {
+        name: [verdict for verdict in verdicts if len(verdict["subject"]) == count]
+        for name, count in (("one subject", 1), ("two subjects", 2))
+    }
+    return {name: tally(some) for name, some in apart.items() if some}

@@ -28,8 +28,11 @@ _CAPTIONS, _ROWS = 4, 80
 CHANGING_LIGHT = {"t2v": 0.0, "i2v": 0.3}
 #: Share of clips with two subjects, which are harder to tell apart than one is to draw.
 _TWO_SUBJECTS = 1 / 3
-#: How much more a place counts where a subject is: a twentieth of the frame, by which clips are told apart.
-_ON_SUBJECTS = 5.0
+#: For students: a subject is a twentieth of the frame, and what clips are told apart by.
+ON_SUBJECTS = 5.0
+#: The first latent frame stands for a frame of its own, which is drawn worst and seen first, and is the given one of
+#: image-to-video.
+_FIRST_FRAME = 3.0
 #: Clips rendered together, and encoded together.
 _RENDERED, _ENCODED = 256, 16
 
@@ -54,10 +57,15 @@ class LatentBank:
     lengths: Tensor
     nothing: TextBatch
 
-    def draw(self, batch_size: int, *, dropped: float = 0.0) -> tuple[Tensor, Condition, Tensor]:
-        """Float32 latents, what they show, and weights [B, 1, T, h, w] of mean 1 that are larger on subjects.
+    def draw(
+        self, batch_size: int, *, dropped: float = 0.0, on_subjects: float = 0.0
+    ) -> tuple[Tensor, Condition, Tensor]:
+        """Float32 latents, what they show, and how much each place counts: weights [B, 1, T, h, w] of mean 1.
 
-        A share `dropped` of the captions is empty.
+        Args:
+            dropped: share of the captions that is empty.
+            on_subjects: how much more a place counts where a subject is. Only for targets that are functions of what
+                the network sees: of others the mean would be moved.
         """
         device = self.latents.device
         rows = torch.randint(len(self.latents), (batch_size,), device=device)
@@ -68,7 +76,8 @@ class LatentBank:
             torch.where(is_dropped, self.nothing.lengths, self.lengths[rows, which]),
         )
         image = None if self.images is None else with_mask(self.images[rows].float())
-        weight = 1 + _ON_SUBJECTS * self.covers[rows].float().unsqueeze(1)
+        weight = 1 + on_subjects * self.covers[rows].float().unsqueeze(1)
+        weight[:, :, 0] *= _FIRST_FRAME
         return self.latents[rows].float(), Condition(text, image), weight / weight.mean()
 
 

@@ -30,7 +30,7 @@ from turbo_training.captions import caption
 from turbo_training.dit_forward import Condition, TextBatch
 from turbo_training.flow import sample_teacher, velocity_of
 from turbo_training.image_quality import ImageVerdict, measure_image_to_video
-from turbo_training.judge import judge, tally
+from turbo_training.judge import Accuracy, judge, tally, tally_by_subjects
 from turbo_training.measures import measure
 from turbo_training.scene import Scene, sample_scene
 from turbo_training.sheets import to_clip, to_video, write_sheet
@@ -325,6 +325,7 @@ def summarize(results: Results, *, recorded_teacher: Mapping[str, float] | None 
     return {
         "figures": figures,
         "speedup": _speedup(results),
+        "by subjects": {name: _round(accuracies) for name, accuracies in tally_by_subjects(main).items()},
         "variants": {name: _percentages(verdicts) for name, verdicts in results.verdicts.items()},
         "met": all(bool(one["met"]) for one in figures.values()),
     }
@@ -335,9 +336,11 @@ def _mean_first_frame(results: Results) -> float:
 
 
 def _percentages(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    accuracies = tally(verdicts)
-    found = {name: round(accuracies[name].percent, 1) for name in (*TARGETS, "camera")}
-    return {**found, "clips": len(verdicts)}
+    return {**_round(tally(verdicts)), "clips": len(verdicts)}
+
+
+def _round(accuracies: Mapping[str, Accuracy]) -> dict[str, float]:
+    return {name: round(accuracies[name].percent, 1) for name in (*TARGETS, "camera")}
 
 
 def _teacher_accuracies(results: Results, recorded: Mapping[str, float] | None) -> dict[str, float]:

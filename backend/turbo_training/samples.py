@@ -18,7 +18,7 @@ from turbo_training.attention_forward import DENSE, SPARSE, TrainingAttention
 from turbo_training.captions import caption
 from turbo_training.dit_forward import Condition
 from turbo_training.flow import sample_teacher, velocity_of
-from turbo_training.judge import Accuracy, judge, tally
+from turbo_training.judge import judge
 from turbo_training.latents import CHANGING_LIGHT, encode_first_frames, with_mask
 from turbo_training.measures import measure
 from turbo_training.scene import Scene, sample_scene
@@ -59,8 +59,8 @@ class StageSampler:
         scenes, captions = self._draw_prompts(random.Random(11), _ON_SHEET)
         write_sheet(self._sample(scenes, captions, seed=7), captions, path)
 
-    def judge(self, count: int) -> dict[str, Accuracy]:
-        """Accuracies by attribute over `count` held-out prompts, English and Chinese by turns."""
+    def judge(self, count: int) -> list[dict[str, list[bool]]]:
+        """Verdicts on clips of `count` held-out prompts, English and Chinese by turns."""
         generator = random.Random(12)
         verdicts: list[dict[str, list[bool]]] = []
         with ThreadPoolExecutor() as pool:
@@ -70,7 +70,7 @@ class StageSampler:
                 verdicts += pool.map(
                     lambda scene, clip: judge(scene, measure(clip, num_subjects=len(scene.actors))), scenes, clips
                 )
-        return tally(verdicts)
+        return verdicts
 
     def _draw_prompts(self, generator: random.Random, count: int) -> tuple[list[Scene], list[str]]:
         changing_light = CHANGING_LIGHT[self.task]

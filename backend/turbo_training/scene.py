@@ -124,6 +124,8 @@ def sample_scene(
         changing_light: share of scenes in which the light changes.
     """
     accepted: Callable[[Scene], bool] = _tests_generalisation if held_out else _is_for_training
+    if num_actors is None:  # once: scenes of two are accepted less often
+        num_actors = 2 if generator.random() < 0.2 else 1
     while True:
         scene = _draw(generator, num_actors, camera, changing_light)
         if accepted(scene):
@@ -140,9 +142,7 @@ def _is_for_training(scene: Scene) -> bool:
     return not is_held_out(scene)
 
 
-def _draw(generator: random.Random, num_actors: int | None, camera: str | None, changing_light: float) -> Scene:
-    if num_actors is None:
-        num_actors = 2 if generator.random() < 0.2 else 1
+def _draw(generator: random.Random, num_actors: int, camera: str | None, changing_light: float) -> Scene:
     subjects = generator.sample(SUBJECTS, num_actors)
     colors = generator.sample(COLORS, num_actors)
     light = generator.choice(LIGHTS)

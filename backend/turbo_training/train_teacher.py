@@ -7,7 +7,6 @@ zero. Source: Wan2.2 for the conditioning.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from turbo_backend.config import DiTConfig
@@ -22,7 +21,7 @@ DROPPED = 0.1
 
 
 class TeacherStage(Stage):
-    """loss = |v(x_t, t, text) - (eps - x_0)|^2, t logit-normal and shifted; `ema` is what is kept.
+    """loss = w |v(x_t, t, text) - (eps - x_0)|^2, t logit-normal and shifted; `ema` is what is kept.
 
     Args:
         name: `teacher` or `i2v`.
@@ -51,11 +50,11 @@ class TeacherStage(Stage):
         return losses
 
     def _update(self) -> dict[str, torch.Tensor]:
-        x0, condition, _ = self.bank.draw(self.size.batch_size, dropped=DROPPED)
+        x0, condition, weight = self.bank.draw(self.size.batch_size, dropped=DROPPED)
         noise, t = torch.randn_like(x0), draw_times(len(x0), self.device)
         with self.precision():
             v = self._velocity(torch.lerp(x0, noise, expand(t)), t, condition)
-        loss = F.mse_loss(v, noise - x0)
+        loss = (weight * (v - noise + x0).square()).mean()
         self.net.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._trained, 1.0)

@@ -1,9 +1,9 @@
 """The text encoder: its rows must tell, through one layer of attention, what a caption says.
 
 A probe asks the rows: one query for the scene (surroundings, light at both ends, camera, the motion where there is one
-subject) and one for each kind of subject (absent or its color and its motion). Cross-attention of the denoiser reads
-the same rows in the same way. Only what a caption says is asked: the camera where it is not mentioned is learned as a
-guess, which does no harm.
+subject) and one each for the first and the second subject (absent, or its kind, its color and its motion): the first is
+on the left, so that is what the denoiser must find. Its cross-attention reads the same rows in the same way. Only what
+a caption says is asked: the camera where it is not mentioned is learned as a guess, which does no harm.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from turbo_backend.nets.umt5 import UMT5Encoder
+from turbo_backend.config import TextEncoderConfig
+from turbo_backend.nets.umt5 import UMT5Encoder, relative_buckets
 from turbo_backend.tokenizer import Tokenizer
 from turbo_training.captions import LANGUAGES, caption
 from turbo_training.dit_forward import TextBatch
@@ -24,11 +25,17 @@ from turbo_training.text_forward import encode_text, tokenize
 from turbo_training.trainer import EMA, Stage
 
 _SCENE_SIZES = (len(SURROUNDINGS), len(LIGHTS), len(LIGHTS), len(CAMERAS), len(MOTIONS))
-#: 0 says that no subject of that kind is there.
-_SUBJECT_SIZES = (1 + len(COLORS), 1 + len(MOTIONS))
+#: 0 says that there is no second subject.
+_SUBJECT_SIZES = (1 + len(SUBJECTS), 1 + len(COLORS), 1 + len(MOTIONS))
+_PLACES = 2
+#: Share of captions with two subjects: what belongs to which is the hardest that a caption says.
+_TWO_SUBJECTS = 1 / 2
 #: Share of image-to-video captions, which leave out what the image shows.
 _I2V = 0.25
 _IGNORED = -100
+#: How fast each head's initial biases fall with the distance in tokens, and the side it looks to (1: what follows).
+_HEADS = ((0.3, 0), (0.6, 0), (0.3, -1), (0.6, 1))
+_OTHER_SIDE, _LEAST_BIAS = 4.0, -12.0
 #: Batches that captions are drawn for before the first step, since words take a CPU longer than the step takes a GPU.
 _BATCHES = 128
 
@@ -39,14 +46,14 @@ class Probe(nn.Module):
     def __init__(self, text_dim: int, dim: int = 128, num_heads: int = 4) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.queries = nn.Parameter(torch.randn(1 + len(SUBJECTS), dim))
+        self.queries = nn.Parameter(torch.randn(1 + _PLACES, dim))
         self.keys, self.values = nn.Linear(text_dim, dim), nn.Linear(text_dim, dim)
         self.out = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.LayerNorm(2 * dim))
         self.scene_head = nn.Linear(2 * dim, sum(_SCENE_SIZES))
         self.subject_head = nn.Linear(2 * dim, sum(_SUBJECT_SIZES))
 
     def forward(self, text: TextBatch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Logits of the scene's attributes [B, n], and of each kind's color and motion [B, kinds, n]."""
+        """Logits of the scene's attributes [B, n], and of each subject's kind, color and motion [B, 2, n]."""
         is_text = torch.arange(text.embeddings.shape[1], device=text.lengths.device) < text.lengths[:, None]
         bias = torch.where(is_text, 0.0, -torch.inf)[:, None, None]
         batch_size = len(text.lengths)
@@ -63,7 +70,7 @@ class Probe(nn.Module):
 
 
 def answers_of(scenes: list[Scene], is_i2v: list[bool], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right answers: scene [B, 5] and subjects [B, kinds, 2]; -100 where a caption does not say.
+    """Right answers: scene [B, 5] and subjects [B, 2, 3]; -100 where a caption does not say.
 
     Args:
         is_i2v: captions that may say "the subject" alone.
@@ -82,17 +89,13 @@ def answers_of(scenes: list[Scene], is_i2v: list[bool], device: torch.device) ->
             ]
         )
         if hidden:
-            subject_rows.append([[_IGNORED, _IGNORED]] * len(SUBJECTS))
+            subject_rows.append([[_IGNORED] * len(_SUBJECT_SIZES)] * _PLACES)
             continue
-        by_kind = {actor.subject: actor for actor in scene.actors}
-        subject_rows.append(
-            [
-                [1 + COLORS.index(by_kind[kind].color), 1 + MOTIONS.index(by_kind[kind].motion)]
-                if kind in by_kind
-                else [0, 0]
-                for kind in SUBJECTS
-            ]
-        )
+        said = [
+            [1 + SUBJECTS.index(actor.subject), 1 + COLORS.index(actor.color), 1 + MOTIONS.index(actor.motion)]
+            for actor in scene.actors
+        ]
+        subject_rows.append(said + [[0] * len(_SUBJECT_SIZES)] * (_PLACES - len(said)))
     return torch.tensor(scene_rows, device=device), torch.tensor(subject_rows, device=device)
 
 
@@ -152,7 +155,8 @@ def draw_captions(batch_size: int, generator: random.Random) -> tuple[list[Scene
     scenes, hidden, captions = [], [], []
     for _ in range(batch_size):
         is_i2v = generator.random() < _I2V
-        scene = sample_scene(generator, changing_light=0.5 if is_i2v else 0.0)
+        num_actors = 1 + (generator.random() < _TWO_SUBJECTS)
+        scene = sample_scene(generator, num_actors=num_actors, changing_light=0.5 if is_i2v else 0.0)
         scenes.append(scene)
         hidden.append(is_i2v)
         captions.append(caption(scene, generator.choice(LANGUAGES), generator, task="i2v" if is_i2v else "t2v"))
@@ -161,7 +165,12 @@ def draw_captions(batch_size: int, generator: random.Random) -> tuple[list[Scene
 
 @torch.no_grad()
 def initialize_encoder(encoder: UMT5Encoder) -> None:
-    """T5's initial weights: attention is not scaled, so queries start smaller by sqrt(head width)."""
+    """T5's initial weights: attention is not scaled, so queries start smaller by sqrt(head width).
+
+    But heads begin with a look at what is near, as ALiBi's do (Press et al., "Train short, test long"), some of them to
+    one side: a color and a motion belong to the noun beside them. Without it an encoder of this size learns which
+    attributes a caption names, and of two subjects not what belongs to which.
+    """
     config = encoder.config
     head_dim = config.dim_attn // config.num_heads
     nn.init.normal_(encoder.token_embedding.weight, std=1.0)
@@ -172,3 +181,18 @@ def initialize_encoder(encoder: UMT5Encoder) -> None:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         elif "pos_embedding" in name:
             nn.init.normal_(parameter, std=0.1)
+            parameter.add_(_local_biases(config).to(parameter.device))
+
+
+def _local_biases(config: TextEncoderConfig) -> Tensor:
+    """Biases [buckets, heads] that fall with the distance, by the bucket's mean."""
+    reach = config.max_distance
+    buckets = relative_buckets(reach, num_buckets=config.num_buckets, max_distance=reach)
+    offsets = torch.arange(1 - reach, reach, dtype=torch.float32)
+    members = F.one_hot(buckets, config.num_buckets).float()
+    mean = (offsets @ members) / members.sum(0).clamp_min(1)  # of each bucket, negative before the query
+    columns = []
+    for head in range(config.num_heads):
+        slope, side = _HEADS[head % len(_HEADS)]
+        columns.append(-slope * mean.abs() - _OTHER_SIDE * (mean * side < 0))
+    return torch.stack(columns, dim=1).clamp_min(_LEAST_BIAS)

@@ -34,11 +34,13 @@ def test_groups_whose_longest_captions_differ_make_one_bank(tmp_path: Path, monk
     assert bank.text.shape[2] == bank.nothing.embeddings.shape[1] == -(-int(lengths.max()) // 8) * 8
     is_text = torch.arange(bank.text.shape[2]) < bank.lengths[..., None]
     assert torch.equal(bank.text.abs().sum(-1) > 0, is_text)
-    drawn, condition, weight = bank.draw(3, dropped=0.5)
+    drawn, condition, weight = bank.draw(3, dropped=0.5, on_subjects=5)
     assert drawn.shape[0] == condition.text.embeddings.shape[0] == 3
     assert weight.shape == (3, 1, *drawn.shape[2:])
     assert float(weight.mean()) == pytest.approx(1, abs=1e-5)
-    assert float(weight.max() / weight.min()) == pytest.approx(1 + latents._ON_SUBJECTS)
+    assert float(weight.max() / weight.min()) == pytest.approx(6 * latents._FIRST_FRAME)
+    _, _, plain = bank.draw(3)
+    assert plain[:, :, 1:].unique().numel() == plain[:, :, 0].unique().numel() == 1
 
 
 def test_a_latent_frame_covers_what_any_of_its_frames_shows() -> None:

@@ -37,6 +37,8 @@ def test_prompts_are_held_out_and_in_two_languages() -> None:
     assert len({prompt.seed for prompt in prompts}) == 10
     assert prompts == draw_prompts(20)
     assert len({variant.name for variant in (MAIN, *VARIANTS)}) == 1 + len(VARIANTS)
+    several = [len(prompt.scene.actors) for prompt in draw_prompts(400)]
+    assert 0.1 < several.count(2) / 400 < 0.3
 
 
 def test_figures_stand_beside_their_targets() -> None:
@@ -50,6 +52,18 @@ def test_figures_stand_beside_their_targets() -> None:
     assert isinstance(figures, dict)
     assert worse["met"] is False
     assert [name for name, figure in figures.items() if not figure["met"]] == ["4 steps over 2, points"]
+
+
+def test_two_subjects_are_told_apart_from_one() -> None:
+    results = filled({MAIN.name: 10})
+    two = {name: [True, False] for name in ATTRIBUTES}
+    results.verdicts[MAIN.name] = [verdict(True)] * 8 + [two] * 2
+    apart = summarize(results)["by subjects"]
+    assert isinstance(apart, dict)
+    assert {name: accuracies["motion"] for name, accuracies in apart.items()} == {
+        "one subject": 100.0,
+        "two subjects": 50.0,
+    }
 
 
 def test_languages_are_compared() -> None:
@@ -92,7 +106,7 @@ def test_one_prompt_through_the_stages(tmp_path: Path) -> None:
     results = run_quality(tiny_checkpoint_folder(), plan, sheet=tmp_path / "sheet.png", say=lines.append)
     assert [len(verdicts) for verdicts in results.verdicts.values()] == [1, 2]
     summary = summarize(results)
-    assert set(summary) == {"figures", "speedup", "variants", "met"}
+    assert set(summary) == {"by subjects", "figures", "speedup", "variants", "met"}
     assert [path.name for path in sorted(tmp_path.glob("*.png"))] == ["sheet-images.png", "sheet.png"]
     assert [line.split()[0] for line in lines] == ["VAE:", "2", "image-to-video", "4"]
     assert len(results.images) == 1

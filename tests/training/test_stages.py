@@ -44,7 +44,7 @@ def test_every_stage_ran_with_finite_losses(run: Run) -> None:
         assert len(lines) == getattr(SMOKE, name).max_steps
         assert [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
         assert (run.folder / name / "losses.png").stat().st_size > 0
-    for ending, losses in (("sla", {"data", "dense", "blocks"}), ("rcm", {"consistency", "score", "fake"})):
+    for ending, losses in (("sla", {"dense", "blocks"}), ("rcm", {"consistency", "score", "fake"})):
         for name in (ending, f"i2v_{ending}"):
             log = (run.folder / name / "losses.jsonl").read_text(encoding="utf-8").splitlines()
             assert losses <= set().union(*map(json.loads, log))
@@ -54,9 +54,10 @@ def test_every_stage_ran_with_finite_losses(run: Run) -> None:
 
 @pytest.mark.parametrize("name", DENOISERS)
 def test_every_stage_can_be_judged(run: Run, name: str) -> None:
-    accuracies = run.sampler(name, num_steps=2).judge(3)
-    assert {accuracies[attribute].total for attribute in ("surroundings", "light", "camera")} == {3}
-    assert accuracies == run.sampler(name, num_steps=2).judge(3)
+    verdicts = run.sampler(name, num_steps=2).judge(3)
+    assert len(verdicts) == 3
+    assert all(len(verdict["camera"]) == 1 <= len(verdict["subject"]) for verdict in verdicts)
+    assert verdicts == run.sampler(name, num_steps=2).judge(3)
 
 
 def test_what_is_exported_loads_strictly(run: Run) -> None:
