@@ -67,13 +67,17 @@ def measure_alone(
 def measure_shared(
     stage: DenoiserStage, requests: Sequence[DenoiseRequest], rounds: int
 ) -> tuple[list[torch.Tensor], float, int]:
-    """The latents of requests that share forwards, the milliseconds of a step, and how many shared it."""
+    """The latents of requests that share forwards, the milliseconds of a step of all, and how many shared one.
+
+    What does not fit one forward takes several, one after another.
+    """
     run(stage, requests)
     steps: list[float] = []
     for _ in range(rounds):
         latents, more, largest_forward = run(stage, requests)
         steps += more
-    return latents, statistics.median(steps), largest_forward
+    num_forwards = -(-len(requests) // largest_forward)
+    return latents, num_forwards * statistics.median(steps), largest_forward
 
 
 def current_commit() -> str:
