@@ -37,7 +37,7 @@ _IGNORED = -100
 _HEADS = ((0.3, 0), (0.6, 0), (0.3, -1), (0.6, 1))
 _OTHER_SIDE, _LEAST_BIAS = 4.0, -12.0
 #: Batches that captions are drawn for before the first step, since words take a CPU longer than the step takes a GPU.
-_BATCHES = 128
+_BATCHES = 64
 
 
 class Probe(nn.Module):
