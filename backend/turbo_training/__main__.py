@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ from turbo_backend.sampler import MAX_STEPS
 from turbo_training.attention_forward import DENSE, TrainingAttention
 from turbo_training.captions import LANGUAGES, caption
 from turbo_training.export import import_weights
-from turbo_training.judge import tally_by_subjects
+from turbo_training.judge import Accuracy, tally_by_subjects
 from turbo_training.quality import Plan, read_recorded_teacher, run_quality, summarize, write_recorded_teacher
 from turbo_training.run import DENOISERS, STAGES, Run, write_summary
 from turbo_training.scene import sample_scene
@@ -42,6 +43,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default a GPU
 
 def _device(name: str) -> torch.device:
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _percent(accuracies: Mapping[str, Accuracy]) -> dict[str, float]:
+    return {attribute: round(accuracy.percent, 2) for attribute, accuracy in accuracies.items()}
 
 
 @app.command("all")
@@ -119,10 +124,7 @@ def judge_stage(
     run = Run(shape=SMOKE if smoke else FULL, folder=out, minutes=1, seed=0, device=_device(device))
     attention = None if topk is None else DENSE if topk == 0 else TrainingAttention(topk=topk)
     verdicts = run.sampler(name.value, attention=attention, num_steps=steps).judge(prompts)
-    percent = {
-        some: {attribute: round(accuracy.percent, 2) for attribute, accuracy in accuracies.items()}
-        for some, accuracies in tally_by_subjects(verdicts).items()
-    }
+    percent = {some: _percent(accuracies) for some, accuracies in tally_by_subjects(verdicts).items()}
     print(json.dumps({"stage": name.value, "prompts": prompts, "percent": percent}))
 
 
@@ -164,7 +166,7 @@ def validate(
         for strength in (0.0, 1.0):
             accuracies = validate_measures(clips, num_actors=num_actors, strength=strength, num_frames=frames)
             name = f"{num_actors} subject(s), {'degraded' if strength else 'as rendered'}"
-            found[name] = {attribute: round(accuracy.percent, 2) for attribute, accuracy in accuracies.items()}
+            found[name] = _percent(accuracies)
             print(name, found[name], flush=True)
     print(json.dumps({"clips": clips, "percent": found}))
 

@@ -13,6 +13,10 @@ from turbo_training.scene import Scene
 ATTRIBUTES = ("subject", "color", "motion", "surroundings", "light", "light_end", "camera")
 
 
+#: Right or wrong by attribute; one entry an actor for those of actors.
+Verdict = dict[str, list[bool]]
+
+
 @dataclass(frozen=True, slots=True)
 class Accuracy:
     """Right decisions of so many."""
@@ -25,13 +29,13 @@ class Accuracy:
         return 100 * self.right / self.total if self.total else math.nan
 
 
-def judge(scene: Scene, measured: Measured) -> dict[str, list[bool]]:
+def judge(scene: Scene, measured: Measured) -> Verdict:
     """Which attributes are as the scene says; one entry an actor for those of actors.
 
     With one actor, color and motion are those of whatever subject is there; with two, those of the subject of the
     right kind, and wrong where there is none.
     """
-    verdict: dict[str, list[bool]] = {
+    verdict: Verdict = {
         "surroundings": [measured.surroundings == scene.surroundings],
         "light": [measured.light == scene.light],
         "light_end": [measured.light_end == scene.light_end],
@@ -50,7 +54,7 @@ def judge(scene: Scene, measured: Measured) -> dict[str, list[bool]]:
     return verdict
 
 
-def tally(verdicts: Iterable[dict[str, list[bool]]]) -> dict[str, Accuracy]:
+def tally(verdicts: Iterable[Verdict]) -> dict[str, Accuracy]:
     """Accuracies by attribute."""
     right: dict[str, int] = defaultdict(int)
     total: dict[str, int] = defaultdict(int)
@@ -61,7 +65,7 @@ def tally(verdicts: Iterable[dict[str, list[bool]]]) -> dict[str, Accuracy]:
     return {name: Accuracy(right[name], total[name]) for name in ATTRIBUTES}
 
 
-def tally_by_subjects(verdicts: Sequence[dict[str, list[bool]]]) -> dict[str, dict[str, Accuracy]]:
+def tally_by_subjects(verdicts: Sequence[Verdict]) -> dict[str, dict[str, Accuracy]]:
     """Accuracies over clips of one and of two subjects apart, where there are any."""
     apart = {
         name: [verdict for verdict in verdicts if len(verdict["subject"]) == count]

@@ -124,11 +124,7 @@ def write_latents(
     count, at_once, end = 0, min(_RENDERED, num_clips), time.monotonic() + 60 * minutes
     while count < num_clips and (time.monotonic() < end or not count):
         scenes = [
-            sample_scene(
-                generator,
-                num_actors=1 + (generator.random() < _TWO_SUBJECTS),
-                changing_light=CHANGING_LIGHT[task],
-            )
+            sample_scene(generator, two_actors=_TWO_SUBJECTS, changing_light=CHANGING_LIGHT[task])
             for _ in range(at_once)
         ]
         size = {"num_frames": shape.num_frames, "height": shape.height, "width": shape.width}

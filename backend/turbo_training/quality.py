@@ -30,7 +30,7 @@ from turbo_training.captions import caption
 from turbo_training.dit_forward import Condition, TextBatch
 from turbo_training.flow import sample_teacher, velocity_of
 from turbo_training.image_quality import ImageVerdict, measure_image_to_video
-from turbo_training.judge import Accuracy, judge, tally, tally_by_subjects
+from turbo_training.judge import Accuracy, Verdict, judge, tally, tally_by_subjects
 from turbo_training.measures import measure
 from turbo_training.scene import Scene, sample_scene
 from turbo_training.sheets import to_clip, to_video, write_sheet
@@ -44,8 +44,6 @@ _PSNR_TARGET, _FIRST_FRAME_TARGET, _IMAGE_MOTION_TARGET = 30.0, 28.0, 85.0
 
 #: Clips of a contact sheet.
 _SHOWN = 12
-
-Verdict = dict[str, list[bool]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from turbo_training.attention_forward import DENSE, SPARSE, TrainingAttention
 from turbo_training.captions import caption
 from turbo_training.dit_forward import Condition
 from turbo_training.flow import sample_teacher, velocity_of
-from turbo_training.judge import judge
+from turbo_training.judge import Verdict, judge
 from turbo_training.latents import CHANGING_LIGHT, encode_first_frames, with_mask
 from turbo_training.measures import measure
 from turbo_training.scene import Scene, sample_scene
@@ -59,10 +59,10 @@ class StageSampler:
         scenes, captions = self._draw_prompts(random.Random(11), _ON_SHEET)
         write_sheet(self._sample(scenes, captions, seed=7), captions, path)
 
-    def judge(self, count: int) -> list[dict[str, list[bool]]]:
+    def judge(self, count: int) -> list[Verdict]:
         """Verdicts on clips of `count` held-out prompts, English and Chinese by turns."""
         generator = random.Random(12)
-        verdicts: list[dict[str, list[bool]]] = []
+        verdicts: list[Verdict] = []
         with ThreadPoolExecutor() as pool:
             for begin in range(0, count, _BATCH):
                 scenes, captions = self._draw_prompts(generator, min(_BATCH, count - begin))

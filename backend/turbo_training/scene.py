@@ -110,6 +110,7 @@ def sample_scene(
     *,
     held_out: bool = False,
     num_actors: int | None = None,
+    two_actors: float = 0.2,
     camera: str | None = None,
     changing_light: float = 0.0,
 ) -> Scene:
@@ -119,13 +120,14 @@ def sample_scene(
         generator: source of all randomness.
         held_out: False draws scenes of training, which contain no held-out combination; True draws scenes each of
             whose actors is held out, the first one in a held-out place.
-        num_actors: 1 or 2; by default two in one scene of five.
+        num_actors: 1 or 2; by default drawn.
+        two_actors: share of scenes with two, if their number is drawn.
         camera: by default static in half of the scenes.
         changing_light: share of scenes in which the light changes.
     """
     accepted: Callable[[Scene], bool] = _tests_generalisation if held_out else _is_for_training
     if num_actors is None:  # once: scenes of two are accepted less often
-        num_actors = 2 if generator.random() < 0.2 else 1
+        num_actors = 1 + (generator.random() < two_actors)
     while True:
         scene = _draw(generator, num_actors, camera, changing_light)
         if accepted(scene):

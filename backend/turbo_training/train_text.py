@@ -155,8 +155,7 @@ def draw_captions(batch_size: int, generator: random.Random) -> tuple[list[Scene
     scenes, hidden, captions = [], [], []
     for _ in range(batch_size):
         is_i2v = generator.random() < _I2V
-        num_actors = 1 + (generator.random() < _TWO_SUBJECTS)
-        scene = sample_scene(generator, num_actors=num_actors, changing_light=0.5 if is_i2v else 0.0)
+        scene = sample_scene(generator, two_actors=_TWO_SUBJECTS, changing_light=0.5 if is_i2v else 0.0)
         scenes.append(scene)
         hidden.append(is_i2v)
         captions.append(caption(scene, generator.choice(LANGUAGES), generator, task="i2v" if is_i2v else "t2v"))
