@@ -27,7 +27,7 @@ _CAPTIONS, _ROWS = 4, 80
 #: Share of clips in which the light changes, by task; captions of text-to-video do not speak of changes.
 CHANGING_LIGHT = {"t2v": 0.0, "i2v": 0.3}
 #: Share of clips with two subjects, which are harder to tell apart than one is to draw.
-_TWO_SUBJECTS = 1 / 3
+_TWO_SUBJECTS = 1 / 2
 #: For students: a subject is a twentieth of the frame, and what clips are told apart by.
 ON_SUBJECTS = 5.0
 #: The first latent frame stands for a frame of its own, which is drawn worst and seen first, and is the given one of

@@ -65,13 +65,13 @@ FULL = RunShape(
     vae=StageShape(max_steps=40_000, share=0.14, batch_size=8, learning_rate=2e-3),
     text=StageShape(max_steps=6_000, share=0.02, batch_size=512, learning_rate=1e-3),
     latents=LatentsShape(num_clips=32_000, share=0.05),
-    teacher=StageShape(max_steps=60_000, share=0.17, batch_size=64, learning_rate=2e-3),
-    sla=StageShape(max_steps=40_000, share=0.20, batch_size=64, learning_rate=1.5e-3),
-    rcm=StageShape(max_steps=30_000, share=0.16, batch_size=16, learning_rate=1e-4),
+    teacher=StageShape(max_steps=60_000, share=0.24, batch_size=64, learning_rate=2e-3),
+    sla=StageShape(max_steps=40_000, share=0.17, batch_size=64, learning_rate=1.5e-3),
+    rcm=StageShape(max_steps=30_000, share=0.14, batch_size=16, learning_rate=1e-4),
     i2v_latents=LatentsShape(num_clips=8_000, share=0.03),
     i2v=StageShape(max_steps=20_000, share=0.06, batch_size=64, learning_rate=1e-3),
-    i2v_sla=StageShape(max_steps=20_000, share=0.08, batch_size=64, learning_rate=1.5e-3),
-    i2v_rcm=StageShape(max_steps=20_000, share=0.09, batch_size=16, learning_rate=1e-4),
+    i2v_sla=StageShape(max_steps=20_000, share=0.07, batch_size=64, learning_rate=1.5e-3),
+    i2v_rcm=StageShape(max_steps=20_000, share=0.08, batch_size=16, learning_rate=1e-4),
 )
 
 _SMOKE_MODEL = ModelConfig(

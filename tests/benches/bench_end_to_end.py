@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from processes import watched_gpus
 
 from turbo_backend.config import find_model
 from turbo_backend.parameters import make_parameters
@@ -42,7 +43,7 @@ Row = dict[str, Any]
 
 
 class GpuWatch:
-    """Samples the memory used of all GPUs ten times a second, as nvidia-smi tells; nothing where there is none."""
+    """Samples the memory used of watched GPUs ten times a second, as nvidia-smi tells; nothing where there is none."""
 
     def __init__(self) -> None:
         self._samples: dict[str, list[float]] = defaultdict(list)
@@ -51,7 +52,7 @@ class GpuWatch:
     def __enter__(self) -> GpuWatch:
         if shutil.which("nvidia-smi") is not None:
             query = ["--query-gpu=index,memory.used", "--format=csv,noheader,nounits", "--loop-ms=100"]
-            self._smi = subprocess.Popen(["nvidia-smi", *query], stdout=subprocess.PIPE, text=True)
+            self._smi = subprocess.Popen(["nvidia-smi", *watched_gpus(), *query], stdout=subprocess.PIPE, text=True)
             threading.Thread(target=self._read, args=(self._smi,), daemon=True).start()
         return self
 

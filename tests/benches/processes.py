@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -38,7 +39,7 @@ def resident_mb(processes: Mapping[str, int]) -> dict[str, float]:
 
 
 def gpu_mb() -> dict[str, float]:
-    """Memory used of each GPU as `gpu INDEX`, and by each process on them that the driver lets us see, in MB."""
+    """Memory used of each watched GPU as `gpu INDEX`, and by each process there that the driver lets us see, in MB."""
     found = {f"gpu {index}": float(used) for index, used in _ask_nvidia_smi("gpu", "index,memory.used")}
     for pid, used in _ask_nvidia_smi("compute-apps", "pid,used_memory"):
         if pid.isdecimal() and used.isdecimal():  # either may be [N/A]
@@ -48,8 +49,14 @@ def gpu_mb() -> dict[str, float]:
     return found
 
 
+def watched_gpus() -> list[str]:
+    """Options of nvidia-smi for the GPUs that `CUDA_VISIBLE_DEVICES` names, which it does not read itself; else all."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [f"--id={named}"] if named else []
+
+
 def _ask_nvidia_smi(what: str, fields: str) -> list[list[str]]:
-    command = ["nvidia-smi", f"--query-{what}={fields}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", *watched_gpus(), f"--query-{what}={fields}", "--format=csv,noheader,nounits"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [line.split(", ") for line in answer.splitlines() if line]
 
