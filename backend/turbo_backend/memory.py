@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from turbo_backend.config import DiTConfig, TextEncoderConfig, VAEConfig
 from turbo_backend.errors import ResourceExhausted, TurboError
@@ -111,6 +112,58 @@ def free_bytes(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise TurboError("/proc/meminfo has no MemAvailable line")
+
+
+class FreeMemory:
+    """What requests may count on.
+
+    On a GPU the most that was ever free when looked at since serving began: other stages' weights stay, and what they
+    take to work comes back, so that a request is not refused because another one is being decoded. Should another
+    program have taken memory since, the stage that lacks it says so. On a CPU, where running out ends the process, what
+    was free when last looked at.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what was seen while other stages were loading."""
+        self._last = self._most = 0
+
+    def look(self) -> int:
+        """Looks while none of this stage's own work runs, whose workspace would be missing."""
+        self._last = free_bytes(self._device)
+        self._most = max(self._most, self._last)
+        return self.bytes
+
+    @property
+    def bytes(self) -> int:
+        """What may be counted on, by what was seen."""
+        return self._most if self._device.type == "cuda" else self._last
+
+
+def pack_together(module: nn.Module, device: torch.device) -> None:
+    """Moves a network's tensors off a device and back in order, so that no gaps are left between them.
+
+    Tensors that are quantised or laid side by side one by one leave gaps that are too small to be given back. Those
+    that share memory still do, and those that are elsewhere stay as they are.
+    """
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.device == device]
+    places = [(tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.stride()) for tensor in tensors]
+
+    def move(where: str | torch.device) -> None:
+        moved: dict[int, torch.Tensor] = {}
+        for tensor, (memory, offset, stride) in zip(tensors, places, strict=True):
+            if memory not in moved:
+                whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+                moved[memory] = whole.to(where, copy=True)
+            empty = torch.empty(0, dtype=tensor.dtype, device=where)
+            tensor.data = empty.set_(moved[memory].untyped_storage(), offset, tensor.shape, stride)
+
+    move("cpu")
+    settle_gpu(device)
+    move(device)
 
 
 def settle_gpu(device: torch.device) -> None:

@@ -8,7 +8,14 @@ import torch
 from turbo_backend.checkpoints import DenoiserLayout
 from turbo_backend.config import MODELS
 from turbo_backend.errors import ResourceExhausted
-from turbo_backend.memory import denoiser_bytes, gpu_memory, plan_with_gpu_memory, release_workspace
+from turbo_backend.memory import (
+    FreeMemory,
+    denoiser_bytes,
+    gpu_memory,
+    pack_together,
+    plan_with_gpu_memory,
+    release_workspace,
+)
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.parameters import GenerationParameters, make_parameters
 from turbo_backend.planner import (
@@ -22,6 +29,8 @@ from turbo_backend.planner import (
     whole_bytes,
     workspace_bytes,
 )
+from turbo_backend.quantization import Fp8Linear, LinearWeights, lay_side_by_side
+from turbo_kernels.fp8_linear import Fp8Rows
 
 GIB = 2**30
 WAN, A14B, TINY = MODELS["Wan2.1-14B"], MODELS["Wan2.2-A14B"], MODELS["tiny"]
@@ -85,6 +94,57 @@ def test_a_gpu_is_planned_with_as_far_as_told(monkeypatch: pytest.MonkeyPatch) -
             assert gpu_memory(device) == (found[0] * GIB, found[1] * GIB)
     finally:
         plan_with_gpu_memory(0)
+
+
+def test_what_another_stage_works_in_is_counted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU 6 GiB come back that are 1 while another stage works; what was free before the begin does not."""
+    seen = iter([60, 6, 1, 3] * 2)
+    monkeypatch.setattr("turbo_backend.memory.free_bytes", lambda _: next(seen) * GIB)
+    for device, counted_on in (("cuda", [6, 6, 6]), ("cpu", [6, 1, 3])):
+        memory = FreeMemory(torch.device(device))
+        assert memory.look() == memory.bytes == 60 * GIB
+        memory.begin()
+        assert [memory.look() // GIB for _ in range(3)] == counted_on
+        assert memory.bytes == counted_on[-1] * GIB
+
+
+def _pair(device: torch.device) -> tuple[torch.nn.ModuleList, torch.Tensor]:
+    """Two linears side by side in joint memory, in e4m3 as on a GPU, and the bytes they hold."""
+    drawn = torch.randint(256, (2, 256, 256), dtype=torch.uint8, device=device)
+    scale = torch.ones(256, device=device)
+    linears = [Fp8Linear(Fp8Rows(values.clone().view(torch.float8_e4m3fn), scale), None) for values in drawn]
+    lay_side_by_side(linears)
+    return torch.nn.ModuleList(linears), drawn
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_packing_moves_tensors_and_changes_nothing(kind: str) -> None:
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    linears, drawn = _pair(torch.device(kind))
+    before = [linear.fp8_weight.data_ptr() for linear in linears]
+    pack_together(linears, drawn.device)
+    assert LinearWeights.joined(list(linears)) is not None  # side by side still
+    assert torch.equal(torch.stack([linear.fp8_weight.view(torch.uint8) for linear in linears]), drawn)
+    if kind == "cpu":  # an allocator of a GPU may give the same place again
+        assert [linear.fp8_weight.data_ptr() for linear in linears] != before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_packing_gives_gaps_back() -> None:
+    """Of 4 MB pieces every second goes: half of what was held is in gaps."""
+    device = torch.device("cuda", 0)
+    held = torch.cuda.memory_reserved(device)
+    pieces = [torch.zeros(4 << 20, dtype=torch.uint8, device=device) for _ in range(128)]
+    module = torch.nn.Module()
+    for index, piece in enumerate(pieces[::2]):
+        module.register_buffer(f"piece{index}", piece)
+    del pieces, piece
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved(device) - held > 400 << 20
+    pack_together(module, device)
+    assert torch.cuda.memory_reserved(device) - held < 300 << 20
 
 
 def test_stages_of_a_plan() -> None:

@@ -22,7 +22,7 @@ import torch
 from turbo_backend.cancellation import Cancellations
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import Cancelled, DeadlineExceeded, InvalidArgument, ResourceExhausted, TurboError
-from turbo_backend.memory import as_turbo_error, free_bytes, release_workspace
+from turbo_backend.memory import FreeMemory, as_turbo_error, release_workspace
 from turbo_backend.stages.admission import Admission
 from turbo_backend.stages.answers import Answers
 from turbo_backend.stages.denoiser_queue import DenoiserQueue
@@ -124,7 +124,7 @@ class DenoiserStage:
             identity=identity,
         )
         self._answers = Answers(between=self._sweep, is_busy=lambda: len(self._queue) > 0)
-        self._free = free_bytes(device)
+        self._free = FreeMemory(device)
         self._turn_lock = threading.Lock()
         self._turns: threading.Thread | None = None
         self._is_closing = False
@@ -136,6 +136,7 @@ class DenoiserStage:
             count: takes what `COUNTERS` lists, in the thread that gives answers.
         """
         self._count = count
+        self._free.begin()
         self._answers.start()
         self._turns = threading.Thread(target=self._take_turns, name="denoiser-turns")
         self._turns.start()
@@ -218,7 +219,7 @@ class DenoiserStage:
         """Ends what is to be ended, then runs one step of those whose turn it is, if anybody waits."""
         with self._turn_lock:
             self._sweep()
-            self._free = free_bytes(self._device)
+            self._free.look()
             running = self._queue.begin_turn()
             if running is None:
                 return
@@ -258,8 +259,7 @@ class DenoiserStage:
         Raises:
             TurboError: it is refused.
         """
-        # While a step runs, its workspace is not free, but will be.
-        free = self._free if self._queue.is_running else free_bytes(self._device)
+        free = self._free.bytes if self._queue.is_running else self._free.look()
         parameters = self._admission.check(request, free=free)
         return Run(
             request=request,

@@ -13,7 +13,7 @@ import torch
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import InvalidArgument, TurboError
 from turbo_backend.image import ImageHeader, crop_box, decode_image, read_header, resize_image, to_unit_range
-from turbo_backend.memory import as_turbo_error, encoder_bytes, free_bytes, gpu_peak, release_workspace
+from turbo_backend.memory import FreeMemory, as_turbo_error, encoder_bytes, gpu_peak, release_workspace
 from turbo_backend.nets.vae import WanVAE
 from turbo_backend.parameters import GenerationParameters, make_parameters
 from turbo_backend.planner import check_request
@@ -83,6 +83,7 @@ class ImageEncoderStage:
         self._cache_entries = cache_entries
         self._fingerprint = fingerprint
         self._room = room
+        self._free = None if vae is None else FreeMemory(vae.conv1.weight.device)
         self._cache: OrderedDict[tuple[str, int, int, int, str], torch.Tensor] = OrderedDict()
         self._headers: dict[str, ImageHeader] = {}
 
@@ -144,11 +145,12 @@ class ImageEncoderStage:
     def _run(self, vae: WanVAE, content: bytes, parameters: GenerationParameters) -> torch.Tensor:
         """float32 `[20, T, h, w]` on the CPU."""
         device = vae.conv1.weight.device
+        assert self._free is not None
         check_request(
             self._model,
             parameters,
             lambda candidate: encoder_bytes(self._model.vae, candidate, device=device),
-            free=free_bytes(device),
+            free=self._free.look(),
             what="encoding the image for",
         )
         width, height = parameters.width, parameters.height
