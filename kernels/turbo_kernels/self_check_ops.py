@@ -38,7 +38,7 @@ from turbo_kernels.residual_norm import residual_norm
 from turbo_kernels.rms_norm_rope import rms_norm_rope
 from turbo_kernels.sage_attention import sage_attention
 from turbo_kernels.sparse_attention import sparse_attention, sparse_attention_reference
-from turbo_kernels.text_attention import text_attention
+from turbo_kernels.text_attention import TextRows, text_attention
 
 LENGTH, HEADS = 333, 2
 _TOPK, _EPS = 0.4, 1e-6
@@ -232,7 +232,8 @@ def check_block(ops: OpErrors) -> None:
     text = q[0], q_weight, ops.draw(77, HEADS, D), ops.draw(77, HEADS, D)
 
     def attend(*tensors: torch.Tensor, by: str = provider, value_amax: torch.Tensor | None = None) -> torch.Tensor:
-        out = text_attention(*tensors, eps=_EPS, last_count=9, value_amax=value_amax, provider=by)
+        rows = TextRows.of(77, last_count=9, device=q.device)
+        out = text_attention(*tensors, eps=_EPS, text=rows, value_amax=value_amax, provider=by)
         return out.dequantize() if isinstance(out, Fp8Rows) else out
 
     exact = attend(*(tensor.float() for tensor in text), by="reference")

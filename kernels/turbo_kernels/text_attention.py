@@ -12,6 +12,7 @@ Source: Wan2.1 (cross-attention); upstream attends to every padding row, which t
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import no_type_check
 
 import torch
@@ -29,6 +30,45 @@ _REGISTERS = 128
 _VALUES = 4096
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRows:
+    """How long a text is, where the device reads it: one recorded launch then serves every text of up to `most` rows.
+
+    Attributes:
+        most: rows that there may be, which decides what kernel is compiled.
+        count: int32 [1], rows that there are, 1 to `most`.
+        last_log2: fp32 [1], log2 of how many equal keys the last row stands for.
+    """
+
+    most: int
+    count: torch.Tensor
+    last_log2: torch.Tensor
+
+    @classmethod
+    def of(cls, count: int, *, last_count: int = 1, device: torch.device) -> TextRows:
+        """Of a text whose length the host knows.
+
+        Raises:
+            ValueError: a count under one.
+        """
+        if count < 1 or last_count < 1:
+            raise ValueError(f"count is {count}, last_count {last_count}: must be 1 or more")
+        return cls(
+            most=count,
+            count=torch.full((1,), count, dtype=torch.int32, device=device),
+            last_log2=torch.full((1,), math.log2(last_count), dtype=torch.float32, device=device),
+        )
+
+    def allowing(self, most: int) -> TextRows:
+        """The same of a text that may have so many rows."""
+        return TextRows(most=most, count=self.count, last_log2=self.last_log2)
+
+
+def rows_compiled_for(count: int) -> int | None:
+    """The most rows that the kernel for texts of `count` rows takes: up to 32, up to 64, or any number (None)."""
+    return next((rows for rows in (_BLOCK_S // 2, _BLOCK_S) if count <= rows), None)
+
+
 def text_attention(
     q_LM: torch.Tensor,
     q_weight_M: torch.Tensor,
@@ -36,7 +76,7 @@ def text_attention(
     v_SHD: torch.Tensor,
     *,
     eps: float,
-    last_count: int = 1,
+    text: TextRows | None = None,
     value_amax: torch.Tensor | None = None,
     provider: str | None = None,
 ) -> torch.Tensor | Fp8Rows:
@@ -46,7 +86,7 @@ def text_attention(
         q_LM: [L, H * D], not yet normalised, any row stride.
         q_weight_M: [H * D] of the queries' RMSNorm.
         k_SHD, v_SHD: [S, H, D], contiguous; D 64 or 128.
-        last_count: equal keys that the last one stands for, 1 or more.
+        text: which rows of them are read, and how the last one counts; all, each for itself, by default.
         value_amax: fp32 scalar, max|v|; asks for e4m3 rows.
 
     Returns:
@@ -68,17 +108,20 @@ def text_attention(
         raise ValueError(f"q is {tuple(q_LM.shape)}, its weight {tuple(q_weight_M.shape)}: must be [L, {H * D}] rows")
     if D not in HEAD_DIMS:
         raise ValueError(f"head_dim is {D}: must be 64 or 128")
-    if last_count < 1:
-        raise ValueError(f"last_count is {last_count}: must be 1 or more")
+    if text is not None and (text.most > len(k_SHD) or text.count.device != q_LM.device):
+        raise ValueError(f"text has up to {text.most} rows on {text.count.device}: k has {len(k_SHD)} on {q_LM.device}")
     if value_amax is not None and (value_amax.numel() != 1 or value_amax.dtype != torch.float32):
         raise ValueError(f"value_amax is {value_amax.dtype} {tuple(value_amax.shape)}: must be one float32")
     provider = resolve_provider(provider, q_LM.device, op="text_attention")
+    if text is None:
+        text = TextRows.of(len(k_SHD), device=q_LM.device)
     if provider == "triton":
-        return _text_attention_triton(q_LM, q_weight_M, k_SHD, v_SHD, eps, last_count, value_amax)
+        return _text_attention_triton(q_LM, q_weight_M, k_SHD, v_SHD, eps, text, value_amax)
+    k_SHD, v_SHD = k_SHD[: int(text.count)], v_SHD[: int(text.count)]
     q = q_LM.float()
     q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + eps) * q_weight_M.float()
     scores = torch.einsum("lhd,shd->hls", q.view(-1, H, D), k_SHD.float()) * D**-0.5
-    scores[..., -1] += math.log(last_count)
+    scores[..., -1] += text.last_log2 * math.log(2)
     out = torch.einsum("hls,shd->lhd", scores.softmax(-1), v_SHD.float()).flatten(1)
     if value_amax is None:
         return out.to(q_LM.dtype)
@@ -132,7 +175,7 @@ def query_rstd_kernel(
     tl.store(rstd + o_l, 1.0 / tl.sqrt(squares / M + eps), mask=o_l < L)
 
 
-@triton.jit(do_not_specialize=["L", "S", "last_logit"])
+@triton.jit(do_not_specialize=["L"])
 @no_type_check
 def text_attention_kernel(
     q,  # [L, H * D]
@@ -143,10 +186,10 @@ def text_attention_kernel(
     value_amax,  # [1], QUANTIZE only
     out,  # [L, H * D] contiguous
     out_scale,  # [L], QUANTIZE only
+    text_rows,  # [1]
+    text_last,  # [1], log2 of how many keys the last one stands for
     L,
-    S,
     scale,
-    last_logit,
     amax_floor,
     fp8_max,
     stride_ql,
@@ -167,6 +210,8 @@ def text_attention_kernel(
     b_rstd = tl.load(rstd + o_l, mask=in_l, other=0.0)
     b_weight = tl.load(weight + o_m).to(tl.float32)
     b_q = (b_q * b_rstd[:, None] * b_weight[None, :]).to(q.dtype.element_ty)
+    S = tl.load(text_rows)
+    last_logit = tl.load(text_last)
     row_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
@@ -192,20 +237,18 @@ def _text_attention_triton(
     k_SHD: torch.Tensor,
     v_SHD: torch.Tensor,
     eps: float,
-    last_count: int,
+    text: TextRows,
     value_amax: torch.Tensor | None,
 ) -> torch.Tensor | Fp8Rows:
     L, M = q_LM.shape
-    S, H, D = k_SHD.shape
+    _, H, D = k_SHD.shape
     quantize = value_amax is not None
     out = torch.empty(L, M, dtype=torch.float8_e4m3fn if quantize else q_LM.dtype, device=q_LM.device)
     out_scale = torch.empty(L, dtype=torch.float32, device=q_LM.device) if quantize else out
     rstd = torch.empty(L, dtype=torch.float32, device=q_LM.device)
-    log2_e = math.log2(math.e)
     head, tail = row_pieces(M)
     rows = max(_VALUES // head, 1)
-    # One compiled kernel for each of a few text lengths: up to 32, up to 64, more.
-    block_s = _BLOCK_S // 2 if S <= _BLOCK_S // 2 else _BLOCK_S
+    one_block = rows_compiled_for(text.most)
     with device_of(q_LM):
         query_rstd_kernel[(triton.cdiv(L, rows),)](
             q_LM, rstd, L, M, eps, q_LM.stride(0), HEAD=head, TAIL=tail, ROWS=rows,
@@ -213,8 +256,8 @@ def _text_attention_triton(
         )  # fmt: skip
         text_attention_kernel[(H, triton.cdiv(L, _BLOCK_Q))](
             q_LM, rstd, q_weight_M.contiguous(), k_SHD, v_SHD, q_LM if value_amax is None else value_amax, out,
-            out_scale, L, S, D**-0.5 * log2_e, math.log(last_count) * log2_e, AMAX_FLOOR, FP8_MAX, q_LM.stride(0), H,
-            D=D, BLOCK_Q=_BLOCK_Q, BLOCK_S=block_s, ONE_BLOCK=block_s >= S, QUANTIZE=quantize,
+            out_scale, text.count, text.last_log2, L, D**-0.5 * math.log2(math.e), AMAX_FLOOR, FP8_MAX, q_LM.stride(0),
+            H, D=D, BLOCK_Q=_BLOCK_Q, BLOCK_S=one_block or _BLOCK_S, ONE_BLOCK=one_block is not None, QUANTIZE=quantize,
             num_warps=8, num_stages=2, maxnreg=_REGISTERS, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return Fp8Rows(out, out_scale) if quantize else out

@@ -12,7 +12,7 @@ import torch
 from turbo_kernels.fp8_linear import quantize_fp8_rows
 from turbo_kernels.qk_norm_rope import qk_norm_rope
 from turbo_kernels.residual_norm import residual_norm
-from turbo_kernels.text_attention import text_attention
+from turbo_kernels.text_attention import TextRows, text_attention
 
 DIMS = {1536: 12, 5120: 40}  # heads by width of the published models
 FFN_DIMS = (8960, 13824)
@@ -35,7 +35,8 @@ def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
             residual_norm(x, x, vector, **modulation)
             residual_norm(x, x, weight=weight, bias=weight, eps=1e-6, out_dtype=dtype, provider="triton")
             amax = None if dtype is None else torch.ones(())
-            text_attention(q[0], weight, text, text, eps=1e-6, last_count=9, value_amax=amax, provider="triton")
+            rows = TextRows.of(5, last_count=9, device=text.device)
+            text_attention(q[0], weight, text, text, eps=1e-6, text=rows, value_amax=amax, provider="triton")
         residual_norm(x, x, vector, **{**modulation, "out_dtype": torch.float32})
         if capability >= 89:
             residual_norm(x, x, **modulation, out_scale_B=torch.ones(1))

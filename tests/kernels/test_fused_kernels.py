@@ -14,7 +14,7 @@ from turbo_kernels.fp8_gelu_linear import Fp8Samples, ffn_bounds, fp8_gelu_linea
 from turbo_kernels.fp8_linear import FP8_MAX, Fp8Rows, fp8_linear, multiplies_fp8, quantize_fp8_rows, row_pieces
 from turbo_kernels.qk_norm_rope import qk_norm_rope
 from turbo_kernels.residual_norm import residual_norm
-from turbo_kernels.text_attention import text_attention
+from turbo_kernels.text_attention import TextRows, rows_compiled_for, text_attention
 
 pytestmark = pytest.mark.oracle
 
@@ -109,7 +109,7 @@ def test_qk_norm_rope(device: torch.device, dtype: torch.dtype, L: int, D: int, 
 def test_text_attention(
     device: torch.device, dtype: torch.dtype, L: int, S: int, H: int, D: int, last_count: int
 ) -> None:
-    """The weighted key is that many equal keys."""
+    """The weighted key is that many equal keys; what lies behind the text in its memory is not read."""
     q = draw(device, dtype, L, 2 * H * D)[:, : H * D]
     weight = draw(device, torch.float32, H * D, seed=1)
     k, v = (draw(device, dtype, S, H, D, seed=s) for s in (2, 3))
@@ -118,14 +118,19 @@ def test_text_attention(
     logits = torch.einsum("lhd,shd->hls", normed, keys) / math.sqrt(D)
     exact = torch.einsum("hls,shd->lhd", logits.softmax(-1), values).flatten(1)
     amax = v.abs().amax().float()
+    text = TextRows.of(S, last_count=last_count, device=device)
+    longer = [torch.cat((x, torch.full_like(x[:1], torch.nan).expand(200 - S, -1, -1))) for x in (k, v)]
     for provider in ("triton", "reference"):
-        out = text_attention(q, weight, k, v, eps=1e-6, last_count=last_count, provider=provider)
+        out = text_attention(q, weight, k, v, eps=1e-6, text=text, provider=provider)
+        most = rows_compiled_for(S) or 200
+        recorded = text_attention(q, weight, *longer, eps=1e-6, text=text.allowing(most), provider=provider)
+        assert torch.equal(recorded, out)
         assert isinstance(out, torch.Tensor)
         if dtype == torch.float32:
             assert_close(out, exact, dtype)
         else:
             assert float((out.double() - exact).norm() / exact.norm()) <= 1e-2  # as sparse attention: P and q' rounded
-        rows = text_attention(q, weight, k, v, eps=1e-6, last_count=last_count, value_amax=amax, provider=provider)
+        rows = text_attention(q, weight, k, v, eps=1e-6, text=text, value_amax=amax, provider=provider)
         assert isinstance(rows, Fp8Rows)
         if dtype == torch.float32:
             assert_rows_close(rows, exact, amax=amax)
@@ -238,7 +243,10 @@ def test_arguments_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="out_dtype"):
         residual_norm(x, eps=1e-6, out_dtype=torch.float16)
     with pytest.raises(ValueError, match="last_count"):
-        text_attention(x[0], weight, torch.zeros(2, 1, 64), torch.zeros(2, 1, 64), eps=1e-6, last_count=0)
+        TextRows.of(2, last_count=0, device=x.device)
+    text = TextRows.of(3, device=x.device)
+    with pytest.raises(ValueError, match="up to 3 rows"):
+        text_attention(x[0], weight, torch.zeros(2, 1, 64), torch.zeros(2, 1, 64), eps=1e-6, text=text)
     with pytest.raises(ValueError, match="head_dim"):
         text_attention(x[0], weight, torch.zeros(2, 2, 32), torch.zeros(2, 2, 32), eps=1e-6)
     with pytest.raises(ValueError, match=r"\[S, H, D\]"):

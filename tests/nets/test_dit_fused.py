@@ -17,6 +17,7 @@ from turbo_backend.config import MODELS, DiTConfig
 from turbo_backend.nets.attention import AttentionSettings
 from turbo_backend.nets.dit import KEEP_FP32, WanDiT
 from turbo_backend.nets.random_weights import initialize_random
+from turbo_backend.nets.recorded import RecordedForwards
 from turbo_backend.quantization import LinearWeights, convert_to_fp8, quantize_linears
 
 CONFIG = DiTConfig(dim=256, ffn_dim=384, num_heads=2, num_layers=1, text_dim=48, text_len=24)
@@ -46,6 +47,24 @@ def evaluate(net: WanDiT, provider: str, chosen: slice = slice(None)) -> torch.T
     return net(latents[chosen], torch.tensor([988.0, 608.0])[chosen], context, attention=attention)
 
 
+def records_exactly(net: WanDiT, attention: AttentionSettings, device: str = "cpu") -> bool:
+    """Whether recorded forwards give the bits of plain ones: prompts short and long, shapes by turns, several times."""
+    recorded = RecordedForwards(net)
+    text = draw(1, net.config.text_len, net.config.text_dim, seed=3).to(device)
+    same = []
+    for turn in range(3):
+        for size in ((2, 4, 6), (1, 6, 4)):
+            for length in (5, net.config.text_len, 9):
+                latents = draw(1, 16, *size, seed=turn).to(device, net.dtype)
+                context = net.prepare_context(text, [length], provider="triton")
+                arguments = latents, torch.tensor([900.0 - turn]), context
+                same.append(
+                    torch.equal(recorded(*arguments, attention=attention), net(*arguments, attention=attention))
+                )
+    recorded.clear()
+    return all(same)
+
+
 def relative_rmse(out: torch.Tensor, exact: torch.Tensor) -> float:
     return float((out - exact).norm() / exact.norm())
 
@@ -61,6 +80,7 @@ def report_interpreted() -> None:
         results[kind] = {
             "kind": net.linear_kind,
             "error": relative_rmse(fused, plain),
+            "recorded": records_exactly(net, AttentionSettings(attention_type="sla", sla_topk=0.5, provider="triton")),
             "alone": kind == "int8" or torch.equal(fused[1:], evaluate(net, "triton", slice(1, 2))),
         }
     print(json.dumps(results))
@@ -81,6 +101,7 @@ def test_fused_equals_plain_in_the_interpreter() -> None:
         assert results[kind]["kind"] == kind.split()[0]
         assert results[kind]["error"] <= limit, kind
         assert results[kind]["alone"], kind
+        assert results[kind]["recorded"], kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,3 +195,31 @@ def test_batch_invariance_at_real_size(attention_type: str, quantized: bool) -> 
     for i in range(2):
         alone = run_wide(net, (21, 60, 104), attention_type, chosen=slice(i, i + 1))
         assert torch.equal(together[i : i + 1], alone)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("attention_type", ["original", "sla", "sagesla"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_recorded_forwards_give_the_same_bits(attention_type: str, quantized: bool) -> None:
+    net = make_wide(torch.bfloat16)
+    if quantized:
+        quantize_linears(net)
+    net.prepare_for_inference()
+    assert records_exactly(net, AttentionSettings(attention_type=attention_type, provider="triton"), "cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_without_room_nothing_is_recorded() -> None:
+    net = make_wide(torch.bfloat16)
+    net.prepare_for_inference()
+    attention = AttentionSettings(attention_type="sagesla", provider="triton")
+    recorded = RecordedForwards(net, room=2 * torch.cuda.mem_get_info()[1])
+    context = net.prepare_context(draw(1, 512, net.config.text_dim, seed=3).cuda(), [60])
+    held = []
+    for turn in range(3):
+        recorded(draw(1, 16, 2, 8, 8, seed=turn).cuda(), torch.tensor([900.0]), context, attention=attention)
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] == held[2]
+    assert not recorded._recordings

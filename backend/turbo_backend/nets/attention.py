@@ -20,6 +20,7 @@ from turbo_backend.quantization import apply_linear
 from turbo_kernels import dense_attention, rms_norm_rope, sla_attention
 from turbo_kernels.attention import sagesla_attention_fp8
 from turbo_kernels.fp8_linear import Fp8Rows
+from turbo_kernels.text_attention import TextRows
 
 ATTENTION_TYPES = ("original", "sla", "sagesla")
 
@@ -80,13 +81,25 @@ class SampleContext:
         embedded_SM: the prompt's rows, and one of padding if there is any.
         num_padding: how many equal padding rows the last row stands for; 0 if the prompt fills the text length.
         provider: of the linears and norms that make keys and values.
+
+    Attributes:
+        rows: how many there are, on the device.
     """
 
     def __init__(self, embedded_SM: torch.Tensor, *, num_padding: int, provider: str) -> None:
         self.embedded_SM = embedded_SM
         self.num_padding = num_padding
+        self.rows = TextRows.of(len(embedded_SM), last_count=max(num_padding, 1), device=embedded_SM.device)
         self._provider = provider
         self._layers: dict[int, LayerText] = {}
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[LayerText], rows: TextRows) -> SampleContext:
+        """One whose keys and values lie where they were put; for kernels that read its length off the device."""
+        context = cls(layers[0].keys[:1].flatten(1), num_padding=0, provider="triton")
+        context.rows = rows
+        context._layers = dict(enumerate(layers))
+        return context
 
     def read(self, attention: CrossAttention, layer: int) -> LayerText:
         """What `attention`, which is that of `layer`, reads of the prompt."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from turbo_backend.config import DiTConfig
 from turbo_backend.errors import InvalidArgument
-from turbo_backend.nets.attention import AttentionSettings, SampleContext, TextContext
+from turbo_backend.nets.attention import AttentionSettings, LayerText, SampleContext, TextContext
 from turbo_backend.nets.block import Block
 from turbo_backend.nets.fused import FusedStream, ffn_scales, run_block
 from turbo_backend.nets.rope import rope_table
@@ -191,14 +191,32 @@ class WanDiT(nn.Module):
         Raises:
             InvalidArgument: shapes that do not fit.
         """
-        config = self.config
         grid = self._check_inputs(latents, timesteps, context)
-        provider = attention.op_provider
         if rope is None:
-            rope = rope_table(grid, config.head_dim, self.device)
+            rope = rope_table(grid, self.config.head_dim, self.device)
+        sinusoids = sinusoidal_embedding(timesteps, self.config.freq_dim).to(self.device, non_blocking=True)
+        return self.evaluate(latents, sinusoids, context, attention=attention, rope=rope, num_blocks=num_blocks)
 
+    def evaluate(
+        self,
+        latents: torch.Tensor,
+        sinusoids_BF: torch.Tensor,
+        context: TextContext,
+        *,
+        attention: AttentionSettings,
+        rope: torch.Tensor,
+        num_blocks: int | None = None,
+    ) -> torch.Tensor:
+        """What `forward` does once its arguments are checked and on the device: all that a CUDA graph records.
+
+        Args:
+            sinusoids_BF: float32 [B, freq_dim] of the timesteps, from `sinusoidal_embedding`.
+        """
+        config, provider = self.config, attention.op_provider
+        p_t, p_h, p_w = config.patch_size
+        grid = (latents.shape[2] // p_t, latents.shape[3] // p_h, latents.shape[4] // p_w)
         blocks = self._typed_blocks()[:num_blocks]
-        time_BM, modulation = self._embed_time(timesteps, blocks)
+        time_BM, modulation = self._embed_time(sinusoids_BF, blocks)
         patches_BLC = patchify(latents.to(self.dtype), config.patch_size)
         if provider == "triton":
             x_BLM = LinearWeights.of(self.patch_embedding).multiply(patches_BLC, provider=provider)
@@ -251,13 +269,12 @@ class WanDiT(nn.Module):
             raise InvalidArgument("context", len(context), f"of {shape[0]} samples")
         return shape[2] // p_t, shape[3] // p_h, shape[4] // p_w
 
-    def _embed_time(self, timesteps_B: torch.Tensor, blocks: Sequence[Block]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed_time(self, sinusoids_BF: torch.Tensor, blocks: Sequence[Block]) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 time embedding [B, M], and the blocks' modulations [num_blocks, 6, B, M]."""
         first, _, second = self.time_embedding
         _, projection = self.time_projection
         embeddings, projections = [], []
         # Sample by sample: a product with one row takes another path on the CPU than one with several.
-        sinusoids_BF = sinusoidal_embedding(timesteps_B, self.config.freq_dim).to(self.device, non_blocking=True)
         for sinusoid_1F in sinusoids_BF[:, None]:
             time_1M = _linear_fp32(second, F.silu(_linear_fp32(first, sinusoid_1F)))
             embeddings.append(time_1M)
@@ -265,6 +282,10 @@ class WanDiT(nn.Module):
         time_6BM = torch.cat(projections).view(-1, 6, self.config.dim).transpose(0, 1)
         table = torch.stack([block.modulation[0] for block in blocks]).float()
         return torch.cat(embeddings), table[:, :, None] + time_6BM
+
+    def read_text(self, sample: SampleContext) -> list[LayerText]:
+        """A prompt as every layer reads it."""
+        return [sample.read(block.cross_attn, layer) for layer, block in enumerate(self._typed_blocks())]
 
     def _typed_blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]

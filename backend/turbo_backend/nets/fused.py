@@ -159,7 +159,7 @@ def _attend_to_text(
                 text.keys,
                 text.values,
                 eps=attn.eps,
-                last_count=max(sample.num_padding, 1),
+                text=sample.rows,
                 value_amax=text.value_amax if in_fp8 else None,
                 provider=provider,
             )

@@ -22,7 +22,7 @@ import torch
 from turbo_backend.cancellation import Cancellations
 from turbo_backend.config import ModelConfig
 from turbo_backend.errors import Cancelled, DeadlineExceeded, InvalidArgument, ResourceExhausted, TurboError
-from turbo_backend.memory import FreeMemory, as_turbo_error, release_workspace
+from turbo_backend.memory import FreeMemory, as_turbo_error
 from turbo_backend.stages.admission import Admission
 from turbo_backend.stages.answers import Answers
 from turbo_backend.stages.denoiser_queue import DenoiserQueue
@@ -101,13 +101,14 @@ class DenoiserStage:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device = device
-        self._room = room
         self._cancellations = cancellations
         self._writer = None if store is None else StepWriter(store)
         self._count: Count | None = None
         self._clock = clock
         self._admission = Admission(model, device=device, dtype=dtype, provider=provider)
-        self._sampling = Sampling(experts, model.dit.out_channels, device=device, dtype=dtype, provider=provider)
+        self._sampling = Sampling(
+            experts, model.dit.out_channels, device=device, dtype=dtype, provider=provider, room=room
+        )
         scheduler = StepScheduler(
             max_batch_size=max_batch_size,
             max_batch_tokens=max_batch_tokens,
@@ -249,7 +250,7 @@ class DenoiserStage:
             for run in done:
                 self._sampling.forget(run.sample)
             if sum(run in self._queue for run in done) == len(self._queue):  # before the next stage may need it
-                release_workspace(self._device, room=self._room)
+                self._sampling.release_workspace()
             for run, step in zip(running.runs, steps, strict=True):
                 self._tell_step(run, step)
 

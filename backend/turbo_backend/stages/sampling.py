@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from turbo_backend.memory import gpu_memory, release_workspace
 from turbo_backend.nets.attention import AttentionSettings, TextContext
 from turbo_backend.nets.dit import WanDiT
+from turbo_backend.nets.recorded import RecordedForwards
 from turbo_backend.noise import draw_channel
 from turbo_backend.parameters import GenerationParameters
 from turbo_backend.sampler import RCMSchedule, Step
@@ -99,16 +101,30 @@ class Sampling:
         device: where they run.
         dtype: of their activations.
         provider: attention provider.
+        room: bytes of GPU memory that shall be free for others between requests.
     """
 
     def __init__(
-        self, experts: Experts, num_channels: int, *, device: torch.device, dtype: torch.dtype, provider: str
+        self,
+        experts: Experts,
+        num_channels: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        provider: str,
+        room: int = 0,
     ) -> None:
         self._experts = experts
         self._num_channels = num_channels
         self._device = device
         self._dtype = dtype
         self._provider = provider
+        self._room = room
+        self._recorded = {
+            net: RecordedForwards(net, room=room)
+            for net in experts.networks
+            if device.type == "cuda" and net.device == device and provider == "triton" and net.after_block is None
+        }
         self._contexts: OrderedDict[Sample, tuple[int, TextContext]] = OrderedDict()
         self._noise_threads = ThreadPoolExecutor(_NUM_NOISE_THREADS, thread_name_prefix="noise")
 
@@ -152,7 +168,8 @@ class Sampling:
         if next_expert != expert:
             self._experts.switch_during_next_run(next_expert)
         forward = Stopwatch(self._device)
-        velocities = net(inputs, torch.tensor(timesteps, dtype=torch.float64), context, attention=attention)
+        evaluate = self._recorded.get(net, net) if len(samples) == 1 else net
+        velocities = evaluate(inputs, torch.tensor(timesteps, dtype=torch.float64), context, attention=attention)
         forward.stop()
         steps = [
             self._take_step(sample, state, velocity)
@@ -172,6 +189,13 @@ class Sampling:
     def forget(self, sample: Sample) -> None:
         """Frees what is prepared for a sample that takes no more steps."""
         self._contexts.pop(sample, None)
+
+    def release_workspace(self) -> None:
+        """Gives back what steps have used besides weights, where others have not the room they need."""
+        if self._device.type == "cuda" and gpu_memory(self._device)[0] < self._room:
+            for recorded in self._recorded.values():
+                recorded.clear()
+        release_workspace(self._device, room=self._room)
 
     def close(self) -> None:
         """Ends the threads that draw noise."""
