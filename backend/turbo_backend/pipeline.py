@@ -80,7 +80,7 @@ class Pipeline:
             yield step
             if step.latents is not None and step.report is not None:
                 finished = DecodeRequest(latents=step.latents, report=step.report, delivery=delivery)
-        for _, update in self._vae_decoder.decode([finished]):
+        for _, update in self._vae_decoder.decode({0: finished}):
             if isinstance(update, TurboError):
                 raise update
             yield update

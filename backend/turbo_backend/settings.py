@@ -106,7 +106,7 @@ class Settings(BaseModel):
         description="Where a model's two experts are: both on the GPU (`resident`), the second on the next GPU "
         "(`spread`), one there and both in page-locked host memory (`swapped`), or `auto`: the first that fits.",
     )
-    max_batch_size: int = Field(8, ge=1, le=8, description="Largest batch a stage runs at once.")
+    max_batch_size: int = Field(8, ge=1, le=8, description="Most requests that share a forward of the denoiser.")
     batch_invariant: bool = Field(
         True,
         description="Give a request the same latents, bit for bit, whatever runs beside it: on a GPU each step of each "

@@ -238,7 +238,7 @@ def _run_teacher(settings: Settings, prompts: Sequence[Prompt], plan: Plan, resu
         request = DecodeRequest(
             latents=latents[0].cpu(), report={"stages": {}, "parameters": {}}, delivery=Delivery(container="raw")
         )
-        *_, (_, video) = decoder.decode([request])
+        *_, (_, video) = decoder.decode({0: request})
         assert isinstance(video, DecodedVideo)
         measured = measure(torch.from_numpy(video.frames), num_subjects=len(prompt.scene.actors))
         results.add("teacher", judge(prompt.scene, measured), milliseconds)

@@ -51,7 +51,7 @@ def denoise(**values: object) -> tuple[torch.Tensor, dict[str, object]]:
 
 def decode(latents: torch.Tensor, report: dict[str, object], container: str = "mp4") -> DecodedVideo:
     request = DecodeRequest(latents=latents, report=report, delivery=Delivery(container=container))
-    *_, (_, last) = VAE_DECODER.decode([request])
+    *_, (_, last) = VAE_DECODER.decode({0: request})
     if isinstance(last, TurboError):
         raise last
     assert isinstance(last, DecodedVideo)

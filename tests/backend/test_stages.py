@@ -91,9 +91,7 @@ def make_denoiser(files: ModelFiles) -> MakeDenoiser:
 @pytest.fixture(scope="module")
 def vae_decoder(files: ModelFiles) -> VAEDecoderStage:
     vae = VAELayout(TINY.vae).load(open_checkpoint(files.vae), device=CPU, dtype=torch.float32)
-    return VAEDecoderStage(
-        vae.eval().requires_grad_(False), max_batch_size=8, max_batch_pixels=1 << 30, fingerprint="vae weights"
-    )
+    return VAEDecoderStage(vae.eval().requires_grad_(False), fingerprint="vae weights")
 
 
 @pytest.fixture(scope="module")
@@ -430,7 +428,7 @@ MakeDecodeRequest = Callable[..., DecodeRequest]
 
 def decode(stage: VAEDecoderStage, requests: list[DecodeRequest]) -> list[DecodedVideo | TurboError]:
     ends: dict[int, DecodedVideo | TurboError] = {}
-    for index, update in stage.decode(requests):
+    for index, update in stage.decode(dict(enumerate(requests))):
         assert index not in ends, "nothing comes after a request's end"
         if not isinstance(update, DecodedChunk):
             ends[index] = update
@@ -443,7 +441,7 @@ def video_of(end: DecodedVideo | TurboError) -> DecodedVideo:
 
 
 class TestVAEDecoder:
-    def test_videos_of_one_batch_are_what_each_is_alone(
+    def test_videos_of_several_requests_are_what_each_is_alone(
         self, vae_decoder: VAEDecoderStage, decode_request: MakeDecodeRequest
     ) -> None:
         requests = [
@@ -453,8 +451,6 @@ class TestVAEDecoder:
             decode_request(1, container="mp4", fps=24),
         ]
         together = [video_of(end) for end in decode(vae_decoder, requests)]
-        sizes = [video.report["stages"]["vae_decoder"]["batch_size"] for video in together]  # type: ignore[index]
-        assert sizes == [3, 3, 1, 3]
         for request, video in zip(requests, together, strict=True):
             alone = video_of(*decode(vae_decoder, [request]))
             assert alone.mp4 == video.mp4
@@ -478,17 +474,13 @@ class TestVAEDecoder:
         correlation = np.corrcoef((frames @ luma).ravel(), (raw.frames @ luma).ravel())[0, 1]
         assert correlation > 0.95, "the weights are random, so the frames are noise, which H.264 cannot keep exactly"
 
-    def test_a_cancelled_member_leaves_its_batch(
+    def test_what_is_cancelled_leaves_the_others_as_they_are(
         self, files: ModelFiles, vae_decoder: VAEDecoderStage, decode_request: MakeDecodeRequest, tmp_path: Path
     ) -> None:
         cancellations = Cancellations(tmp_path)
         vae = VAELayout(TINY.vae).load(open_checkpoint(files.vae), device=CPU, dtype=torch.float32)
         stage = VAEDecoderStage(
-            vae.eval().requires_grad_(False),
-            max_batch_size=8,
-            max_batch_pixels=1 << 30,
-            fingerprint="vae weights",
-            cancellations=cancellations,
+            vae.eval().requires_grad_(False), fingerprint="vae weights", cancellations=cancellations
         )
         requests = [
             dataclasses.replace(decode_request(seed, num_frames=9, container="mp4"), cancel_keys=(f"token {seed}", ""))
@@ -497,7 +489,7 @@ class TestVAEDecoder:
         cancellations.request("token 3")
         before = set(threading.enumerate())
         seen: dict[int, list[DecodedChunk | DecodedVideo | TurboError]] = {0: [], 1: [], 2: []}
-        for index, update in stage.decode(requests):
+        for index, update in stage.decode(dict(enumerate(requests))):
             seen[index].append(update)
             if index == 0 and isinstance(update, DecodedChunk) and update.step == 1:
                 cancellations.request("token 1")
@@ -509,7 +501,7 @@ class TestVAEDecoder:
         assert not set(threading.enumerate()) - before, "the encoders of the cancelled were abandoned"
 
         cancellations.request("token 2")
-        (only,) = stage.decode([requests[1]])
+        (only,) = stage.decode({0: requests[1]})
         assert isinstance(only[1], Cancelled)
         assert not set(threading.enumerate()) - before, "no encoder is left"
 
@@ -532,13 +524,11 @@ class TestVAEDecoder:
                     yield chunk
 
         vae = Counting()
-        stage = VAEDecoderStage(
-            vae, max_batch_size=8, max_batch_pixels=1 << 30, fingerprint="", cancellations=cancellations
-        )  # type: ignore[arg-type]
+        stage = VAEDecoderStage(vae, fingerprint="", cancellations=cancellations)  # type: ignore[arg-type]
         before = set(threading.enumerate())
         request = dataclasses.replace(decode_request(num_frames=9, container="mp4"), cancel_keys=("mine",))
         updates = []
-        for _, update in stage.decode([request]):
+        for _, update in stage.decode({0: request}):
             updates.append(update)
             cancellations.request("mine")
         assert [type(update) for update in updates] == [DecodedChunk, Cancelled]
@@ -548,7 +538,7 @@ class TestVAEDecoder:
     def test_progress_counts_the_latent_frames(
         self, vae_decoder: VAEDecoderStage, decode_request: MakeDecodeRequest
     ) -> None:
-        updates = [update for _, update in vae_decoder.decode([decode_request(num_frames=9)])]
+        updates = [update for _, update in vae_decoder.decode({0: decode_request(num_frames=9)})]
         assert [(u.step, u.step_count) for u in updates if isinstance(u, DecodedChunk)] == [(1, 3), (2, 3), (3, 3)]
         assert isinstance(updates[-1], DecodedVideo)
 
@@ -579,23 +569,17 @@ class TestVAEDecoder:
         assert video_of(first).mp4 == video_of(*decode(vae_decoder, [good[0]])).mp4
         np.testing.assert_array_equal(video_of(second).frames, video_of(*decode(vae_decoder, [good[1]])).frames)
 
-    @pytest.mark.parametrize(("max_batch_size", "max_batch_pixels"), [(8, 2 * 5 * 144 * 256), (2, 1 << 30)])
-    def test_a_batch_stays_within_its_size_and_pixels(
-        self,
-        vae_decoder: VAEDecoderStage,
-        decode_request: MakeDecodeRequest,
-        max_batch_size: int,
-        max_batch_pixels: int,
+    def test_the_first_is_done_before_the_next_begins_and_what_comes_meanwhile_is_taken_in(
+        self, vae_decoder: VAEDecoderStage, decode_request: MakeDecodeRequest
     ) -> None:
-        narrow = VAEDecoderStage(
-            vae_decoder._vae,
-            max_batch_size=max_batch_size,
-            max_batch_pixels=max_batch_pixels,
-            fingerprint="vae weights",
-        )
-        ends = decode(narrow, [decode_request(seed, container="raw") for seed in (1, 2, 3)])
-        sizes = [video_of(end).report["stages"]["vae_decoder"]["batch_size"] for end in ends]  # type: ignore[index]
-        assert sizes == [2, 2, 1]
+        waiting = {5: decode_request(1, num_frames=9), 6: decode_request(2)}
+        numbers = []
+        for number, _ in vae_decoder.decode(waiting):
+            if not numbers:
+                waiting[7] = decode_request(3)
+            numbers.append(number)
+        assert numbers == [5] * 4 + [6] * 3 + [7] * 3
+        assert not waiting
 
     def test_report(self, vae_decoder: VAEDecoderStage, decode_request: MakeDecodeRequest) -> None:
         request = decode_request(container="mp4", fps=8)

@@ -53,8 +53,6 @@ _GPU_BATCH_TOKENS = 8192
 _CPU_BATCH_TOKENS = 65536
 #: Two ways to round to 16 bits thirty layers deep differ by 3 %; a wrong kernel by all there is.
 _LARGEST_DECODE_ERROR = 0.15
-#: Pixels decoded together: those of one 720p video of 81 frames.
-_BATCH_PIXELS = 81 * 1280 * 720
 
 
 def load_text_encoder(settings: Settings) -> TextEncoderStage:
@@ -233,14 +231,7 @@ def load_vae_decoder(settings: Settings, *, cancellations: Cancellations | None 
         if error > _LARGEST_DECODE_ERROR:
             raise Misconfigured(f"the VAE's kernels fail their self-check: {error:.3f} from the plain layers")
     settle_gpu(settings.device)
-    stage = VAEDecoderStage(
-        vae,
-        max_batch_size=settings.max_batch_size,
-        max_batch_pixels=_BATCH_PIXELS,
-        fingerprint=fingerprint,
-        room=_room(settings),
-        cancellations=cancellations,
-    )
+    stage = VAEDecoderStage(vae, fingerprint=fingerprint, room=_room(settings), cancellations=cancellations)
     warm_vae_decoder(stage, vae, settings)
     settle_gpu(settings.device)
     return stage

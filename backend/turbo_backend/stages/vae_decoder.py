@@ -1,5 +1,8 @@
 """Latents in, video out: chunk by chunk through the causal VAE, encoded to MP4 while the next chunk is decoded.
 
+One video after another: several at once are decoded no faster, would all be done with the last of them, and would take
+as much more memory.
+
 What leaves the device are the bytes that the encoder reads, 1.5 a pixel, one chunk behind: while the host waits for
 one, the kernels of the next are queued already.
 """
@@ -7,10 +10,9 @@ one, the kernels of the next are queued already.
 from __future__ import annotations
 
 import itertools
-import logging
 import time
-from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
@@ -27,7 +29,6 @@ from turbo_backend.nets.vae import WanVAE
 from turbo_backend.parameters import Delivery
 from turbo_backend.video import MP4Encoder, encode_jpeg, to_uint8, to_yuv420
 
-_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -59,37 +60,24 @@ class DecodedVideo:
     frames: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
 
 
-#: What became of the request with that index.
-_Update: TypeAlias = "tuple[int, DecodedChunk | DecodedVideo | TurboError]"
-_Updates: TypeAlias = "Generator[_Update, None, None]"
+_Update: TypeAlias = "DecodedChunk | DecodedVideo | TurboError"
 
 
 class VAEDecoderStage:
-    """Decodes groups of requests that share a latent shape.
+    """Decodes videos.
 
     Args:
         vae: network on its device, in its dtype.
-        max_batch_size: most requests that one batch may decode together.
-        max_batch_pixels: most pixels (frames x height x width, all members) that one batch may decode together.
         fingerprint: of the weights, for the report.
         room: bytes of GPU memory that shall be free for others between batches.
         cancellations: where requests are given up; None where nobody can.
     """
 
     def __init__(
-        self,
-        vae: WanVAE,
-        *,
-        max_batch_size: int,
-        max_batch_pixels: int,
-        fingerprint: str,
-        room: int = 0,
-        cancellations: Cancellations | None = None,
+        self, vae: WanVAE, *, fingerprint: str, room: int = 0, cancellations: Cancellations | None = None
     ) -> None:
         self._vae = vae
         self._fingerprint = fingerprint
-        self._max_batch_size = max_batch_size
-        self._max_batch_pixels = max_batch_pixels
         self._room = room
         self._cancellations = cancellations
 
@@ -99,91 +87,64 @@ class VAEDecoderStage:
         frames_BCFHW = self._vae.decode_frame(latents[None].to(self._device))
         return encode_jpeg(to_uint8(frames_BCFHW)[0, 0].cpu().numpy())
 
-    def decode(self, requests: Sequence[DecodeRequest]) -> Iterator[_Update]:
-        """Decodes a batch; yields (index, update), for each request ending in a video or an error."""
-        groups: dict[torch.Size, list[int]] = defaultdict(list)
-        for index, request in enumerate(requests):
-            if request.latents.ndim == 4:
-                groups[request.latents.shape].append(index)
-            else:
-                yield index, InvalidArgument("LATENTS", list(request.latents.shape), "of shape [16, T, h, w]")
-        for shape, members in groups.items():
-            _, t, h, w = shape
-            at_once = max(1, min(self._max_batch_size, self._max_batch_pixels // ((4 * t - 3) * h * w * 64)))
-            for first in range(0, len(members), at_once):
-                group = {index: requests[index] for index in members[first : first + at_once]}
-                yield from self._heed_cancellations(group, self._decode_group(list(group), list(group.values())))
+    def decode(self, waiting: dict[int, DecodeRequest]) -> Iterator[tuple[int, _Update]]:
+        """Decodes requests in their order; yields (number, update), for each ending in a video or an error.
+
+        One that is given up is answered after the running chunk, whether that is its own or not.
+
+        Args:
+            waiting: by number. Each is taken out before it is answered; more may be put in meanwhile, by any thread.
+        """
+        while waiting:
+            current, request = next(iter(list(waiting.items())))
+            with closing(self._decode(request)) as updates:
+                while current in waiting:
+                    for number, other in list(waiting.items()):
+                        if self._is_cancelled(other):
+                            self._forget(waiting.pop(number))
+                            yield number, Cancelled("the request was cancelled while its video was decoded")
+                    if current in waiting:
+                        update = next(updates)
+                        if not isinstance(update, DecodedChunk):
+                            self._forget(waiting.pop(current))
+                        yield current, update
         release_workspace(self._device, room=self._room)
 
-    def is_cancelled(self, request: DecodeRequest) -> bool:
-        """Whether a request has been given up."""
+    def _is_cancelled(self, request: DecodeRequest) -> bool:
         cancellations = self._cancellations
         return cancellations is not None and any(map(cancellations.is_requested, request.cancel_keys))
-
-    def _heed_cancellations(
-        self, group: Mapping[int, DecodeRequest], updates: Generator[_Update, None, None]
-    ) -> Iterator[_Update]:
-        """The updates of a group, without those of its cancelled members; decoding stops when none other is left."""
-        live = dict(group)
-        while live:
-            for index in [index for index, request in live.items() if self.is_cancelled(request)]:
-                self._forget(live.pop(index))
-                yield index, Cancelled("the request was cancelled while its video was decoded")
-            if live:
-                index, update = next(updates)
-                if index in live:
-                    if not isinstance(update, DecodedChunk):
-                        self._forget(live.pop(index))
-                    yield index, update
-        updates.close()
 
     def _forget(self, request: DecodeRequest) -> None:
         """Removes the cancellations of a request that has ended."""
         if self._cancellations is not None:
             self._cancellations.forget(*request.cancel_keys)
 
-    def _decode_group(self, indices: Sequence[int], requests: Sequence[DecodeRequest]) -> _Updates:
-        sinks: list[_VideoSink] = []
+    def _decode(self, request: DecodeRequest) -> Generator[_Update, None, None]:
+        shape = tuple(request.latents.shape)
+        if len(shape) != 4:
+            yield InvalidArgument("LATENTS", list(shape), "of shape [16, T, h, w]")
+            return
+        num_chunks, sink = shape[1], None
         started = time.perf_counter()
-        num_chunks = requests[0].latents.shape[1]
         try:
-            sinks += [_VideoSink(request, self._fingerprint) for request in requests]
+            sink = _VideoSink(request, self._fingerprint)
             with torch.inference_mode():
-                latents_BCThw = torch.stack([request.latents for request in requests]).to(self._device)
+                latents_1CThw = request.latents[None].to(self._device)
                 # One latent frame at a time: more decode no faster and leave the encoder more at the end.
-                chunks = self._copy_out(self._vae.decode_chunks(latents_BCThw), sinks)
-                for chunk, arrived in enumerate(_one_behind(chunks), start=1):
-                    for sink, frames in zip(sinks, arrived, strict=True):
-                        sink.add(frames.wait())
-                    for index in indices:
-                        yield index, DecodedChunk(step=chunk, step_count=num_chunks)
-            milliseconds = (time.perf_counter() - started) * 1000
-            for index, sink in zip(indices, sinks, strict=True):
-                yield index, _finish(sink, num_chunks, milliseconds, len(requests))
-            return
+                chunks = (HostCopy(sink.convert(frames)) for frames in self._vae.decode_chunks(latents_1CThw))
+                for chunk, frames in enumerate(_one_behind(chunks), start=1):
+                    sink.add(frames.wait())
+                    yield DecodedChunk(step=chunk, step_count=num_chunks)
+            yield _finish(sink, num_chunks, (time.perf_counter() - started) * 1000)
         except Exception as error:
-            if is_alone := len(requests) == 1:
-                failure = as_turbo_error(error, "vae_decoder")
-            else:  # what fails together may do alone
-                _log.warning("%d requests failed as one batch, each now runs alone: %s", len(requests), error)
-        finally:  # also where nobody asks for the rest, because all that is left was cancelled
-            for sink in sinks:
+            yield as_turbo_error(error, "vae_decoder")
+        finally:  # also where nobody asks for the rest, because the request was cancelled
+            if sink is not None:
                 sink.abandon()
-        if is_alone:
-            yield indices[0], failure
-            return
-        for index, request in zip(indices, requests, strict=True):
-            yield from self._decode_group([index], [request])
 
     @property
     def _device(self) -> torch.device:
         return self._vae.conv2.weight.device
-
-    @staticmethod
-    def _copy_out(chunks: Iterator[torch.Tensor], sinks: Sequence[_VideoSink]) -> Iterator[list[HostCopy]]:
-        """Of each chunk every sink's frames as it wants them, on their way to the host."""
-        for frames_BCFHW in chunks:
-            yield [HostCopy(sink.convert(one)) for sink, one in zip(sinks, frames_BCFHW[:, None], strict=True)]
 
 
 def _one_behind(items: Iterator[_T]) -> Iterator[_T]:
@@ -193,9 +154,9 @@ def _one_behind(items: Iterator[_T]) -> Iterator[_T]:
         yield item
 
 
-def _finish(sink: _VideoSink, num_chunks: int, milliseconds: float, batch_size: int) -> DecodedVideo | TurboError:
+def _finish(sink: _VideoSink, num_chunks: int, milliseconds: float) -> DecodedVideo | TurboError:
     try:
-        return sink.finish(num_chunks, milliseconds, batch_size)
+        return sink.finish(num_chunks, milliseconds)
     except Exception as error:
         return as_turbo_error(error, "video encoder")
 
@@ -228,7 +189,7 @@ class _VideoSink:
             self._encoder = self._open()
         self._encoder.add(frames)
 
-    def finish(self, num_chunks: int, decode_milliseconds: float, batch_size: int) -> DecodedVideo:
+    def finish(self, num_chunks: int, decode_milliseconds: float) -> DecodedVideo:
         started = time.perf_counter()
         mp4 = self._encoder.finish() if self._encoder else b""
         frames = np.concatenate(self._raw) if self._raw else np.empty((0, 0, 0, 3), np.uint8)
@@ -237,7 +198,7 @@ class _VideoSink:
         report = dict(self._report)
         report["stages"] = {
             **report["stages"],  # type: ignore[dict-item]
-            "vae_decoder": {"milliseconds": round(decode_milliseconds, 2), "batch_size": batch_size, **gpu_peak()},
+            "vae_decoder": {"milliseconds": round(decode_milliseconds, 2), **gpu_peak()},
             "video_encoder": {
                 "milliseconds": round(self._encoder.milliseconds, 2) if self._encoder else 0.0,
                 "milliseconds_after_decode": round(waited, 2),

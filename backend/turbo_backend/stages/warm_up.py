@@ -198,7 +198,7 @@ def warm_vae_decoder(stage: VAEDecoderStage, vae: WanVAE, settings: Settings) ->
         report={"stages": {}, "parameters": {}},
         delivery=Delivery(container="raw"),
     )
-    for _, update in stage.decode([request]):
+    for _, update in stage.decode({0: request}):
         if isinstance(update, TurboError):
             raise update
 

@@ -1,5 +1,6 @@
 """Triton adapter of the VAE decoder: progress passes through at once, latents are decoded in a worker thread."""
 
+import itertools
 import json
 import threading
 from functools import partial
@@ -22,7 +23,9 @@ class TritonPythonModel:
     def initialize(self, args):
         self._cancellations = Cancellations.of_server()
         self._stage = load_vae_decoder(triton.read_settings(args), cancellations=self._cancellations)
-        self._waiting = []
+        self._numbers = itertools.count()
+        self._answers = {}  # by number: how a request is answered
+        self._waiting = {}  # by number: what is to be decoded
         self._changed = threading.Condition()
         self._is_closing = False
         self._worker = threading.Thread(target=self._decode_forever, name="vae-decoder")
@@ -42,8 +45,11 @@ class TritonPythonModel:
                 if is_cancelled:  # filed last: Triton 2.51 never releases an ensemble that fails while a step runs
                     self._cancellations.request(triton.read_scalar(request, "CANCEL_TOKEN"))
                 if is_last:
+                    decoding = self._read(request, latents)
                     with self._changed:
-                        self._waiting.append((sender, fail, self._read(request, latents)))
+                        number = next(self._numbers)
+                        self._answers[number] = sender, fail
+                        self._waiting[number] = decoding
                         self._changed.notify()
             except Exception as error:
                 fail(as_turbo_error(error, "vae_decoder"))
@@ -71,30 +77,30 @@ class TritonPythonModel:
         )
 
     def _decode_forever(self):
-        while batch := self._take_waiting():
-            waiting = dict(enumerate(batch))
+        while self._wait():
             try:
-                self._decode(batch, waiting)
-            except Exception as error:  # one batch's trouble must not end the worker, nor leave a caller without answer
+                self._decode()
+            except Exception as error:  # must not end the worker, nor leave a caller without answer
+                with self._changed:
+                    failed, self._answers, self._waiting = self._answers, {}, {}
                 told = as_turbo_error(error, "vae_decoder")
-                for _, fail, _ in waiting.values():
+                for _, fail in failed.values():
                     fail(told)
 
-    def _take_waiting(self):
-        """All that wait; nothing at the end."""
+    def _wait(self):
+        """Returns when there is something to decode; nothing comes any more if there is not."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closing)
-            batch, self._waiting = self._waiting, []
-            return batch
+            return bool(self._waiting)
 
-    def _decode(self, batch, waiting):
-        """Decodes a batch; a request leaves `waiting` just before its final response."""
-        for index, update in self._stage.decode([request for _, _, request in batch]):
-            sender, fail, _ = batch[index]
+    def _decode(self):
+        """Decodes what waits and what comes meanwhile; a request leaves `_answers` just before its final response."""
+        for number, update in self._stage.decode(self._waiting):
+            sender, fail = self._answers[number]
             if isinstance(update, DecodedChunk):
                 triton.send(sender, _respond("vae_decoder", update.step, update.step_count), final=False)
                 continue
-            del waiting[index]
+            del self._answers[number]
             if isinstance(update, TurboError):
                 fail(update)
                 continue
