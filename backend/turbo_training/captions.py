@@ -2,6 +2,9 @@
 
 Text-to-video captions say subject, action, surroundings and light (and sometimes the camera); image-to-video captions
 say how the camera moves, how the subject moves, and how the surroundings change, since the image shows the rest.
+
+Free ones, which training reads, are nearer to what people write: light may be an adjective of the place, or left out by
+day; there are more verbs; and words of style say nothing of the scene.
 """
 
 from __future__ import annotations
@@ -115,6 +118,65 @@ _LIGHT_SENTENCES: dict[str, _Words] = {
         "neon": ("一切都在霓虹灯下发光。", "霓虹线条在黑暗中发光。"),
     },
 }
+#: What free captions have besides.
+_MORE_MOTIONS_EN: dict[str, tuple[tuple[str, str], ...]] = {
+    "left": (("walks to the left", "walking to the left"), ("runs left", "running left"),
+             ("drives to the left", "driving to the left")),
+    "right": (("walks to the right", "walking to the right"), ("runs right", "running right"),
+              ("drives to the right", "driving to the right")),
+    "up": (("flies up", "flying up"), ("climbs into the sky", "climbing into the sky")),
+    "down": (("drops", "dropping"), ("comes down", "coming down")),
+    "bounce": (("jumps up and down", "jumping up and down"), ("jumps", "jumping")),
+    "circle": (("goes round in circles", "going round in circles"), ("flies in circles", "flying in circles")),
+    "grow": (("becomes larger", "becoming larger"), ("swells", "swelling")),
+    "spin": (("whirls", "whirling"), ("turns round and round", "turning round and round")),
+}  # fmt: skip
+_MORE_MOTIONS_ZH: _Words = {
+    "left": ("向左走", "往左跑", "向左行驶"),
+    "right": ("向右走", "往右跑", "向右行驶"),
+    "up": ("向上飞", "飞上天空"),
+    "down": ("往下掉", "落下来"),
+    "bounce": ("上下跳动", "跳来跳去"),
+    "circle": ("转圈", "绕圈飞"),
+    "grow": ("变得越来越大", "不断变大"),
+    "spin": ("转动", "不停地旋转"),
+}
+_MORE_LIGHTS: dict[str, _Words] = {
+    "en": {
+        "day": ("in soft morning light", "in warm sunlight", "under a blue sky", "in bright light"),
+        "night": ("under the moon", "in moonlight", "in the dark"),
+        "neon": ("lit by neon signs", "neon glow", "cyberpunk neon"),
+    },
+    "zh": {
+        "day": ("清晨的阳光", "柔和的晨光", "蓝天下", "晴天"),
+        "night": ("月光下", "深夜", "夜空下"),
+        "neon": ("霓虹闪烁", "霓虹光", "赛博朋克霓虹"),
+    },
+}
+_LIT_PLACES_EN: _Words = {
+    "meadow": ("in a {} meadow", "across a {} meadow", "over {} grassy hills"),
+    "beach": ("on a {} beach", "at the {} seaside"),
+    "city": ("in a {} city", "in a {} city street"),
+    "mountains": ("in the {} mountains", "among {} snowy peaks"),
+    "desert": ("in a {} desert", "over {} sand dunes"),
+    "forest": ("in a {} forest", "in a {} pine forest"),
+}
+_LIT: dict[str, _Words] = {
+    "en": {"day": ("sunny", "bright", "sunlit"), "night": ("dark", "moonlit", "starry"), "neon": ("neon", "neon-lit")},
+    "zh": {
+        "day": ("阳光下的", "晴天的", "明亮的"),
+        "night": ("夜晚的", "星空下的", "黑暗的"),
+        "neon": ("霓虹灯下的", "霓虹风格的"),
+    },
+}
+_STYLES: dict[str, tuple[str, ...]] = {
+    "en": ("cinematic", "cinematic style", "high quality", "highly detailed", "4k", "smooth motion", "a short video"),
+    "zh": ("电影感", "高清", "画质清晰", "画面精美", "动作流畅", "细节丰富", "短视频"),
+}
+#: Share of free captions with light as an adjective, of those by day that say nothing of it, and of those with a style.
+_LIT_SHARE, _UNSAID_DAY_SHARE, _STYLE_SHARE = 0.25, 0.15, 0.35
+#: Share of words that only free captions have, where there are both.
+_MORE_SHARE = 0.35
 _LIGHT_CHANGES: dict[str, _Words] = {
     "en": {
         "day": ("day breaks", "it turns to bright daylight", "the sun comes out"),
@@ -149,13 +211,14 @@ _CAMERAS: dict[str, _Words] = {
 }
 
 
-def caption(scene: Scene, language: str, generator: random.Random, *, task: str = "t2v") -> str:
+def caption(scene: Scene, language: str, generator: random.Random, *, task: str = "t2v", free: bool = False) -> str:
     """Describes a scene in words drawn anew each time.
 
     Args:
         scene: what to describe; only `t2v` captions assume that the light does not change.
         language: `en`, `zh`, or `mixed` (words of the other language inside a sentence, or a sentence of each).
         task: `t2v` or `i2v`.
+        free: nearer to what people write.
 
     Raises:
         ValueError: an unknown language or task.
@@ -163,8 +226,9 @@ def caption(scene: Scene, language: str, generator: random.Random, *, task: str 
     if language not in LANGUAGES or task not in TASKS:
         raise ValueError(f"caption in {language!r} for {task!r}: languages are {LANGUAGES}, tasks {TASKS}")
     frame = language if language != "mixed" else generator.choice(("en", "zh"))
-    words = _Phrases(frame, generator, mix=0.4 if language == "mixed" else 0.0)
+    words = _Phrases(frame, generator, mix=0.4 if language == "mixed" else 0.0, free=free)
     text = words.text_to_video(scene) if task == "t2v" else words.image_to_video(scene)
+    text = words.with_style(text)
     if language == "mixed" and not _is_mixed(text):
         # No word happened to change language: the light says itself in the other one.
         other = _Phrases("zh" if frame == "en" else "en", generator, mix=0.0)
@@ -180,10 +244,23 @@ def _is_mixed(text: str) -> bool:
 class _Phrases:
     """The wording of one caption."""
 
-    def __init__(self, language: str, generator: random.Random, *, mix: float) -> None:
+    def __init__(self, language: str, generator: random.Random, *, mix: float, free: bool = False) -> None:
         self._language = language
         self._generator = generator
         self._mix = mix
+        self._free = free
+
+    def with_style(self, text: str) -> str:
+        """The same, in a free caption perhaps with a style behind it."""
+        if not self._draws(_STYLE_SHARE):
+            return text
+        end = "".join(text[-1:]) if text[-1:] in ".。" else ""
+        comma = "，" if self._language == "zh" else ", "
+        return f"{text.removesuffix(end)}{comma}{self._one_of(_STYLES[self._tongue()])}{end}"
+
+    def _draws(self, share: float) -> bool:
+        """Whether a free caption does what so many of them do."""
+        return self._free and self._generator.random() < share
 
     def pick(self, table: dict[str, _Words], key: str) -> str:
         """A phrase of the caption's language; in a mixed caption sometimes of the other."""
@@ -200,19 +277,36 @@ class _Phrases:
     def text_to_video(self, scene: Scene) -> str:
         is_long = self._generator.random() < 0.4
         mentions_camera = self._generator.random() < (0.7 if scene.camera != "static" else 0.15)
-        place = self.pick(_PLACES, scene.surroundings)
+        is_lit = self._draws(_LIT_SHARE)
+        place = self._lit_place(scene) if is_lit else self.pick(_PLACES, scene.surroundings)
         camera = self.pick(_CAMERAS, scene.camera) if mentions_camera else ""
+        says_light = not is_lit and not (scene.light == "day" and self._draws(_UNSAID_DAY_SHARE))
         if self._language == "zh":
-            return self._chinese_scene(scene, place, camera, is_long)
-        return self._english_scene(scene, place, camera, is_long)
+            return self._chinese_scene(scene, place, camera, is_long=is_long, says_light=says_light)
+        return self._english_scene(scene, place, camera, is_long=is_long, says_light=says_light)
 
-    def _english_scene(self, scene: Scene, place: str, camera: str, is_long: bool) -> str:
+    def _lit_place(self, scene: Scene) -> str:
+        """The place with the light as its adjective."""
+        tongue = self._tongue()
+        light = self._one_of(_LIT[tongue][scene.light])
+        if tongue == "zh":
+            return f"{light}{self._one_of(_PLACES['zh'][scene.surroundings])}"
+        return self._one_of(_LIT_PLACES_EN[scene.surroundings]).format(light)
+
+    def _light(self, scene: Scene) -> str:
+        return self.pick(_MORE_LIGHTS if self._draws(_MORE_SHARE) else _LIGHTS, scene.light)
+
+    def _english_scene(self, scene: Scene, place: str, camera: str, *, is_long: bool, says_light: bool) -> str:
         doing = self._generator.random() < 0.3
         subjects = self._join([self._english_actor(actor, doing) for actor in scene.actors], " and ", scene)
         if is_long:
-            sentence = f"{_capital(subjects)} {place}. {self._one_of(_LIGHT_SENTENCES['en'][scene.light])}"
+            sentence = f"{_capital(subjects)} {place}."
+            if says_light:
+                sentence = f"{sentence} {self._one_of(_LIGHT_SENTENCES['en'][scene.light])}"
             return f"{sentence} {_capital(camera)}." if camera else sentence
-        light = self.pick(_LIGHTS, scene.light)
+        if not says_light:
+            return f"{subjects} {place}, {camera}" if camera else f"{subjects} {place}"
+        light = self._light(scene)
         form = self._generator.randrange(4)
         if form == 0:
             text = f"{subjects} {place} {light}"
@@ -225,7 +319,7 @@ class _Phrases:
         text = f"{text}, {camera}" if camera else text
         return f"{text}." if self._generator.random() < 0.3 else text
 
-    def _chinese_scene(self, scene: Scene, place: str, camera: str, is_long: bool) -> str:
+    def _chinese_scene(self, scene: Scene, place: str, camera: str, *, is_long: bool, says_light: bool) -> str:
         actors = [self._chinese_actor(actor) for actor in scene.actors]
         at = f"在{place}" if not place.isascii() else f" {place} "
         if len(actors) == 1:
@@ -237,9 +331,11 @@ class _Phrases:
             parts = self._join([f"{subject}{motion}" for subject, motion in actors], "，", scene)
             body = self._one_of((f"{at.strip()}，{parts}", f"{parts}，{at.strip()}"))
         if is_long:
-            text = f"{body}。{self._one_of(_LIGHT_SENTENCES['zh'][scene.light])}"
+            text = f"{body}。{self._one_of(_LIGHT_SENTENCES['zh'][scene.light])}" if says_light else f"{body}。"
             return f"{text}{camera}。" if camera else text
-        light = self.pick(_LIGHTS, scene.light)
+        if not says_light:
+            return f"{body}，{camera}" if camera else body
+        light = self._light(scene)
         text = self._one_of((f"{body}，{light}", f"{light}，{body}"))
         text = f"{text}，{camera}" if camera else text
         return f"{text}。" if self._generator.random() < 0.3 else text
@@ -250,8 +346,7 @@ class _Phrases:
         if self._language == "zh":
             name = self._generator.random() < 0.6
             moves = [
-                f"{self._chinese_actor(actor)[0] if name or len(scene.actors) > 1 else '主体'}"
-                f"{self._one_of(_MOTIONS_ZH[actor.motion])}"
+                f"{self._chinese_actor(actor)[0] if name or len(scene.actors) > 1 else '主体'}{self._motion_zh(actor)}"
                 for actor in scene.actors
             ]
             parts = [camera, *moves]
@@ -262,7 +357,7 @@ class _Phrases:
         for actor in scene.actors:
             named = len(scene.actors) > 1 or self._generator.random() < 0.6
             subject = f"the {self._color_and_subject(actor)}" if named else self._one_of(("the subject", "it"))
-            moves.append(f"{subject} {self._one_of([verb for verb, _ in _MOTIONS_EN[actor.motion]])}")
+            moves.append(f"{subject} {self._motion_en(actor)[0]}")
         parts = [camera, " and ".join(moves)]
         if changes or self._generator.random() < 0.4:
             parts.append(self.pick(_LIGHT_CHANGES, scene.light_end) if changes else self._one_of(_UNCHANGED["en"]))
@@ -280,8 +375,8 @@ class _Phrases:
         thing = self._color_and_subject(actor)
         article = "an" if thing.startswith("orange") else "a"
         if self._generator.random() < self._mix:
-            return f"{article} {thing} {self._one_of(_MOTIONS_ZH[actor.motion])}"
-        verb, participle = self._generator.choice(_MOTIONS_EN[actor.motion])
+            return f"{article} {thing} {self._motion_zh(actor)}"
+        verb, participle = self._motion_en(actor)
         return f"{article} {thing} {f'is {participle}' if doing else verb}"
 
     def _chinese_actor(self, actor: Actor) -> tuple[str, str]:
@@ -293,8 +388,15 @@ class _Phrases:
             "一" + noun.format(color) if tongue == "zh" else f"一个{color}{'' if color.endswith(' ') else ' '}{noun} "
         )
         if self._generator.random() < self._mix:
-            return subject, f" {self._generator.choice(_MOTIONS_EN[actor.motion])[0]}"
-        return subject, self._one_of(_MOTIONS_ZH[actor.motion])
+            return subject, f" {self._motion_en(actor)[0]}"
+        return subject, self._motion_zh(actor)
+
+    def _motion_en(self, actor: Actor) -> tuple[str, str]:
+        """Both forms of a verb."""
+        return self._generator.choice((_MORE_MOTIONS_EN if self._draws(_MORE_SHARE) else _MOTIONS_EN)[actor.motion])
+
+    def _motion_zh(self, actor: Actor) -> str:
+        return self._one_of((_MORE_MOTIONS_ZH if self._draws(_MORE_SHARE) else _MOTIONS_ZH)[actor.motion])
 
     def _join(self, parts: list[str], conjunction: str, scene: Scene) -> str:
         if len(parts) == 2 and self._generator.random() < 0.25:

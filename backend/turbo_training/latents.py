@@ -139,7 +139,7 @@ def write_latents(
                 parts["images"].append(encode_first_frames(vae, some))
         # While the device encodes.
         captions = [
-            caption(scene, generator.choice(LANGUAGES), generator, task=task)
+            caption(scene, generator.choice(LANGUAGES), generator, task=task, free=True)
             for scene in scenes
             for _ in range(_CAPTIONS)
         ]

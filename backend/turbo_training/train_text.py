@@ -158,7 +158,8 @@ def draw_captions(batch_size: int, generator: random.Random) -> tuple[list[Scene
         scene = sample_scene(generator, two_actors=_TWO_SUBJECTS, changing_light=0.5 if is_i2v else 0.0)
         scenes.append(scene)
         hidden.append(is_i2v)
-        captions.append(caption(scene, generator.choice(LANGUAGES), generator, task="i2v" if is_i2v else "t2v"))
+        task = "i2v" if is_i2v else "t2v"
+        captions.append(caption(scene, generator.choice(LANGUAGES), generator, task=task, free=True))
     return scenes, hidden, captions
 
 

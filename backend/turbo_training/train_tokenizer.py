@@ -25,11 +25,10 @@ def train_tokenizer(folder: Path, *, vocab_size: int, num_captions: int = 20_000
     """
     generator = random.Random(seed)
     texts = (
-        clean_prompt(
-            caption(sample_scene(generator, changing_light=0.3), generator.choice(LANGUAGES), generator, task=task)
-        )
+        clean_prompt(caption(scene, generator.choice(LANGUAGES), generator, task=task, free=True))
         for _ in range(num_captions // len(TASKS))
         for task in TASKS
+        for scene in [sample_scene(generator, changing_light=0.3)]
     )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     words = Regex(r" ?[A-Za-z]+| ?[0-9]+|[^\sA-Za-z0-9\p{P}]+|\p{P}|\s+")

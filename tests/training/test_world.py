@@ -182,3 +182,31 @@ def test_captions_name_the_color_of_each_subject() -> None:
     assert caption(replace(scene, camera="zoom_in"), "zh", generator)
     with pytest.raises(ValueError, match="fr"):
         caption(scene, "fr", generator)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_free_captions_say_the_light_in_words_or_as_an_adjective_and_leave_out_daylight_alone(language: str) -> None:
+    generator = random.Random(5)
+    said = {
+        "en": {"night": ("night", "stars", "dark", "moon", "starry"), "neon": ("neon",)},
+        "zh": {"night": ("夜", "星空", "月", "黑"), "neon": ("霓虹",)},
+    }[language]
+    by_light: dict[str, list[str]] = {"day": [], "night": [], "neon": []}
+    for _ in range(600):
+        scene = sample_scene(generator)
+        by_light[scene.light].append(caption(scene, language, generator, free=True).lower())
+    for light, words in said.items():
+        assert all(any(word in text for word in words) for text in by_light[light]), light
+    unsaid = [text for text in by_light["day"] if not any(word in text for word in ("sun", "day", "bright", "light"))]
+    if language == "en":
+        assert 0.05 < len(unsaid) / len(by_light["day"]) < 0.3, "daylight is what nothing says otherwise"
+    styled = [text for texts in by_light.values() for text in texts if "cinematic" in text or "电影感" in text]
+    assert styled, "words of style are there"
+
+
+def test_plain_captions_are_what_quality_was_measured_with() -> None:
+    """Other wordings would make other prompts of the same seeds."""
+    generator = random.Random(3)
+    scene = sample_scene(generator)
+    texts = [caption(scene, "en", random.Random(seed)) for seed in range(20)]
+    assert not any("cinematic" in text or "sunny meadow" in text for text in texts)
