@@ -24,8 +24,7 @@ class TritonPythonModel:
         self._cancellations = Cancellations.of_server()
         self._stage = load_vae_decoder(triton.read_settings(args), cancellations=self._cancellations)
         self._numbers = itertools.count()
-        self._answers = {}  # by number: how a request is answered
-        self._waiting = {}  # by number: what is to be decoded
+        self._answers, self._waiting = {}, {}  # by number: how a request is answered, what is to be decoded
         self._changed = threading.Condition()
         self._is_closing = False
         self._worker = threading.Thread(target=self._decode_forever, name="vae-decoder")
