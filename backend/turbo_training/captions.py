@@ -254,7 +254,7 @@ class _Phrases:
         """The same, in a free caption perhaps with a style behind it."""
         if not self._draws(_STYLE_SHARE):
             return text
-        end = "".join(text[-1:]) if text[-1:] in ".。" else ""
+        end = text[-1] if text.endswith((".", "。")) else ""
         comma = "，" if self._language == "zh" else ", "
         return f"{text.removesuffix(end)}{comma}{self._one_of(_STYLES[self._tongue()])}{end}"
 

@@ -191,9 +191,9 @@ class WanDiT(nn.Module):
         Raises:
             InvalidArgument: shapes that do not fit.
         """
-        grid = self._check_inputs(latents, timesteps, context)
+        self._check_inputs(latents, timesteps, context)
         if rope is None:
-            rope = rope_table(grid, self.config.head_dim, self.device)
+            rope = rope_table(self.patch_grid(latents.shape), self.config.head_dim, self.device)
         sinusoids = sinusoidal_embedding(timesteps, self.config.freq_dim).to(self.device, non_blocking=True)
         return self.evaluate(latents, sinusoids, context, attention=attention, rope=rope, num_blocks=num_blocks)
 
@@ -213,8 +213,6 @@ class WanDiT(nn.Module):
             sinusoids_BF: float32 [B, freq_dim] of the timesteps, from `sinusoidal_embedding`.
         """
         config, provider = self.config, attention.op_provider
-        p_t, p_h, p_w = config.patch_size
-        grid = (latents.shape[2] // p_t, latents.shape[3] // p_h, latents.shape[4] // p_w)
         blocks = self._typed_blocks()[:num_blocks]
         time_BM, modulation = self._embed_time(sinusoids_BF, blocks)
         patches_BLC = patchify(latents.to(self.dtype), config.patch_size)
@@ -228,7 +226,7 @@ class WanDiT(nn.Module):
                 if self.after_block is not None:
                     self.after_block(layer)
             out_BLP = self.head(x_BLM, time_BM, provider=provider)
-        return unpatchify(out_BLP, grid, config.patch_size)
+        return unpatchify(out_BLP, self.patch_grid(latents.shape), config.patch_size)
 
     def _run_fused(
         self,
@@ -253,10 +251,13 @@ class WanDiT(nn.Module):
         assert isinstance(h, torch.Tensor)
         return self.head.project(h)
 
-    def _check_inputs(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, context: TextContext
-    ) -> tuple[int, int, int]:
-        """The patch grid (T, h, w)."""
+    def patch_grid(self, shape: torch.Size) -> tuple[int, int, int]:
+        """(T, h, w) in patches of latents [B, C, T, h, w]."""
+        _, _, frames, height, width = shape
+        p_t, p_h, p_w = self.config.patch_size
+        return frames // p_t, height // p_h, width // p_w
+
+    def _check_inputs(self, latents: torch.Tensor, timesteps: torch.Tensor, context: TextContext) -> None:
         config = self.config
         shape = tuple(latents.shape)
         p_t, p_h, p_w = config.patch_size
@@ -267,7 +268,6 @@ class WanDiT(nn.Module):
             raise InvalidArgument("timesteps", tuple(timesteps.shape), f"of shape [{shape[0]}]")
         if len(context) != shape[0]:
             raise InvalidArgument("context", len(context), f"of {shape[0]} samples")
-        return shape[2] // p_t, shape[3] // p_h, shape[4] // p_w
 
     def _embed_time(self, sinusoids_BF: torch.Tensor, blocks: Sequence[Block]) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 time embedding [B, M], and the blocks' modulations [num_blocks, 6, B, M]."""

@@ -127,12 +127,10 @@ class RecordedForwards:
         net, device = self._net, self._net.device
         if self._text is None:
             self._text = _TextMemory(net)
-        _, channels, frames, height, width = shape
-        p_t, p_h, p_w = net.config.patch_size
-        latents = torch.zeros(1, channels, frames, height, width, dtype=net.dtype, device=device)
+        latents = torch.zeros(shape, dtype=net.dtype, device=device)
         sinusoids = torch.zeros(1, net.config.freq_dim, device=device)
         context = self._text.as_context(most)
-        rope = rope_table((frames // p_t, height // p_h, width // p_w), net.config.head_dim, device)
+        rope = rope_table(net.patch_grid(shape), net.config.head_dim, device)
 
         def run() -> torch.Tensor:
             return net.evaluate(latents, sinusoids, context, attention=attention, rope=rope)

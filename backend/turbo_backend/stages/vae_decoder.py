@@ -69,7 +69,7 @@ class VAEDecoderStage:
     Args:
         vae: network on its device, in its dtype.
         fingerprint: of the weights, for the report.
-        room: bytes of GPU memory that shall be free for others between batches.
+        room: bytes of GPU memory that shall be free for others between videos.
         cancellations: where requests are given up; None where nobody can.
     """
 
@@ -108,7 +108,7 @@ class VAEDecoderStage:
                         if not isinstance(update, DecodedChunk):
                             self._forget(waiting.pop(current))
                         yield current, update
-        release_workspace(self._device, room=self._room)
+            release_workspace(self._device, room=self._room)
 
     def _is_cancelled(self, request: DecodeRequest) -> bool:
         cancellations = self._cancellations
