@@ -112,6 +112,11 @@ class Settings(BaseModel):
         description="Give a request the same latents, bit for bit, whatever runs beside it: on a GPU each step of each "
         "request is then a forward of its own. `false` lets short requests share one.",
     )
+    record_forwards: bool = Field(
+        False,
+        description="On a GPU with room, replay the denoiser's forward of one request as a CUDA graph of its shape, to "
+        "the same bits. Not yet tried on a GPU.",
+    )
     max_queue_size: int = Field(
         64,
         ge=1,

@@ -47,6 +47,7 @@ def test_settings_survive_the_environment(tmp_path: Path) -> None:
         "TURBO_EXPERT_PLACEMENT": "swapped",
         "TURBO_MAX_BATCH_SIZE": "2",
         "TURBO_BATCH_INVARIANT": "false",
+        "TURBO_RECORD_FORWARDS": "true",
         "TURBO_MAX_QUEUE_SIZE": "9",
         "TURBO_JOB_STORE": "s3://bucket/jobs",
         "TURBO_JOB_CONCURRENCY": "3",

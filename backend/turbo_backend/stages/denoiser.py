@@ -76,6 +76,7 @@ class DenoiserStage:
         fingerprint: of the weights, for the report.
         identity: other facts about this server that go into every report.
         room: bytes of GPU memory that shall be free for others when no request is held.
+        records: whether forwards of one request are recorded as CUDA graphs where they can be.
         max_queue_size: most requests that are held, waiting and running; more are refused.
         cancellations: where requests are given up; None where nobody can.
         store: where the steps of durable requests are kept; None keeps none.
@@ -95,6 +96,7 @@ class DenoiserStage:
         fingerprint: str,
         identity: Mapping[str, object],
         room: int = 0,
+        records: bool = False,
         max_queue_size: int = 64,
         cancellations: Cancellations | None = None,
         store: StepStore | None = None,
@@ -107,7 +109,13 @@ class DenoiserStage:
         self._clock = clock
         self._admission = Admission(model, device=device, dtype=dtype, provider=provider)
         self._sampling = Sampling(
-            experts, model.dit.out_channels, device=device, dtype=dtype, provider=provider, room=room
+            experts,
+            model.dit.out_channels,
+            device=device,
+            dtype=dtype,
+            provider=provider,
+            room=room,
+            records=records,
         )
         scheduler = StepScheduler(
             max_batch_size=max_batch_size,

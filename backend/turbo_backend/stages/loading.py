@@ -160,6 +160,7 @@ def load_denoiser(
             "self_check": "passed",
         },
         room=_room(settings),
+        records=settings.record_forwards,
         max_queue_size=settings.max_queue_size,
         cancellations=cancellations,
         store=None if open_store is None else open_store(decisive),

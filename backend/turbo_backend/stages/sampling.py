@@ -102,6 +102,7 @@ class Sampling:
         dtype: of their activations.
         provider: attention provider.
         room: bytes of GPU memory that shall be free for others between requests.
+        records: whether forwards of one sample are recorded where they can be.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Sampling:
         dtype: torch.dtype,
         provider: str,
         room: int = 0,
+        records: bool = False,
     ) -> None:
         self._experts = experts
         self._num_channels = num_channels
@@ -120,10 +122,11 @@ class Sampling:
         self._dtype = dtype
         self._provider = provider
         self._room = room
+        may_record = records and device.type == "cuda" and provider == "triton"
         self._recorded = {
             net: RecordedForwards(net, room=room)
             for net in experts.networks
-            if device.type == "cuda" and net.device == device and provider == "triton" and net.after_block is None
+            if may_record and net.device == device and net.after_block is None
         }
         self._contexts: OrderedDict[Sample, tuple[int, TextContext]] = OrderedDict()
         self._noise_threads = ThreadPoolExecutor(_NUM_NOISE_THREADS, thread_name_prefix="noise")
