@@ -169,6 +169,8 @@ def pack_together(module: nn.Module, device: torch.device) -> None:
 def settle_gpu(device: torch.device) -> None:
     """Gives back what loading left in PyTorch's cache, and lets `gpu_peak` count from here."""
     if device.type == "cuda":
+        # The cache is that of all GPUs, and what is freed of one that is not the current one is not waited for.
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -99,17 +99,19 @@ def memory_rows(report: Report, *, quant_text_encoder: bool) -> Iterator[Row]:
         seed=1,
         image_size=(video["width"], video["height"]) if model.takes_image else None,
     )
+    placement = report["stages"]["denoiser"].get("expert_placement", "resident")
     planned = plan_memory(
         model,
         parameters,
         dtype=getattr(torch, report["dtype"]),
         quant_linear=report["linear_kind"] in ("int8", "fp8"),
         quant_text_encoder=quant_text_encoder,
-        placement=report["stages"]["denoiser"].get("expert_placement", "resident"),
+        placement=placement,
     )
     for name, facts in stages.items():
-        measured = facts["gpu_peak_bytes"]
-        predicted = planned[name].weights + planned[name].workspace
+        measured = facts["gpu_peak_bytes"]  # of all GPUs, where the plan is that of one
+        num_gpus = model.num_experts if (name, placement) == ("denoiser", "spread") else 1
+        predicted = num_gpus * (planned[name].weights + planned[name].workspace)
         yield {
             **row(f"planner, {name}: predicted over measured", predicted / measured, "", None),
             "met": abs(predicted / measured - 1) <= 0.1,
