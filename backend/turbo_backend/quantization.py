@@ -291,7 +291,8 @@ def lay_side_by_side(linears: Sequence[nn.Module]) -> None:
         joint = torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors]).view(tensors[0].dtype)
         start = 0
         for linear, tensor in zip(linears, tensors, strict=True):
-            part = joint[start : start + len(tensor)]
+            # `.data`: a view would keep the joint memory when the part has long been moved elsewhere.
+            part = joint[start : start + len(tensor)].data
             start += len(tensor)
             setattr(linear, name, nn.Parameter(part, requires_grad=False) if name in linear._parameters else part)
 
