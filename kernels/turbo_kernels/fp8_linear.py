@@ -30,6 +30,10 @@ _log = logging.getLogger(__name__)
 #: Largest e4m3 value.
 FP8_MAX = 448.0
 AMAX_FLOOR = 1e-12
+#: cuBLAS refuses some products of up to 256 rows with a scale each (https://github.com/pytorch/ao/issues/4582).
+_ENOUGH_ROWS = 272
+#: Products that it has refused: L, K, N, whether without bias, device.
+_refused: set[tuple[int, int, int, bool, torch.device]] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +110,38 @@ def fp8_linear(
     if out_dtype != torch.bfloat16 or (bias_N is not None and bias_N.dtype != torch.bfloat16):
         raise ValueError(f"out_dtype is {out_dtype}: 8-bit products are rounded to bfloat16, and so is their bias")
     samples = [
-        torch._scaled_mm(
-            values,
-            weight.values.t(),
-            scale_a=scale[:, None],
-            scale_b=weight.scale[None],
-            bias=bias_N,
-            out_dtype=out_dtype,
-            use_fast_accum=True,
-        )
-        for values, scale in zip(x.values, x.scale, strict=True)
+        _multiply(Fp8Rows(values, scale), weight, bias_N) for values, scale in zip(x.values, x.scale, strict=True)
     ]
     return samples[0][None] if len(samples) == 1 else torch.stack(samples)
+
+
+def _multiply(x: Fp8Rows, weight: Fp8Rows, bias_N: torch.Tensor | None) -> torch.Tensor:
+    """bf16 [L, N] of one sample, by cuBLAS; where it refuses few rows of great depth, with rows of zeros behind."""
+    L, K = x.values.shape
+    product = (L, K, len(weight.values), bias_N is None, x.values.device)
+    if product in _refused:
+        num_zeros = _ENOUGH_ROWS - L
+        zeros = x.values.new_zeros(num_zeros, K)
+        x = Fp8Rows(
+            torch.cat((x.values.view(torch.uint8), zeros.view(torch.uint8))).view(x.values.dtype),
+            F.pad(x.scale, (0, num_zeros)),
+        )
+    try:
+        y = torch._scaled_mm(
+            x.values,
+            weight.values.t(),
+            scale_a=x.scale[:, None],
+            scale_b=weight.scale[None],
+            bias=bias_N,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+    except RuntimeError as error:
+        if len(x.values) >= _ENOUGH_ROWS or "NOT_SUPPORTED" not in str(error):
+            raise
+        _refused.add(product)
+        return _multiply(x, weight, bias_N)
+    return y[:L]
 
 
 @cache

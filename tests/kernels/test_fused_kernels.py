@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from comparison import assert_close, assert_rows_close, draw
 
+from turbo_kernels import fp8_linear as fp8_linear_module
 from turbo_kernels.fp8_gelu_linear import Fp8Samples, ffn_bounds, fp8_gelu_linear, multiplies_gelu_fp8
 from turbo_kernels.fp8_linear import FP8_MAX, Fp8Rows, fp8_linear, multiplies_fp8, quantize_fp8_rows, row_pieces
 from turbo_kernels.qk_norm_rope import qk_norm_rope
@@ -211,9 +212,33 @@ def test_fp8_gelu_product_on_the_gpu() -> None:
         assert torch.equal(out.values[chosen].view(torch.uint8), alone.values.view(torch.uint8))
 
 
+def test_a_product_that_cublas_refuses_is_made_of_more_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused once, known from then on; what is refused for another reason, or with enough rows, is an error."""
+    tried = []
+
+    def scaled_mm(x8: torch.Tensor, w8: torch.Tensor, **arguments: torch.Tensor) -> torch.Tensor:
+        tried.append(len(x8))
+        if len(x8) <= 256 or x8.shape[1] == 48:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED" if x8.shape[1] > 32 else "out of order")
+        return (x8.float() * arguments["scale_a"]) @ (w8.float() * arguments["scale_b"])
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(fp8_linear_module, "_refused", set())
+    x, weight = (quantize_fp8_rows(torch.randn(rows, 64)) for rows in (5, 32))
+    for _ in range(2):
+        y = fp8_linear_module._multiply(x, weight, None)
+        assert_close(y, x.dequantize() @ weight.dequantize().T, torch.float32)
+    assert tried == [5, 272, 272]
+    for K, says in ((48, "NOT_SUPPORTED"), (32, "out of order")):
+        x, weight = (quantize_fp8_rows(torch.randn(rows, K)) for rows in (5, 32))
+        with pytest.raises(RuntimeError, match=says):
+            fp8_linear_module._multiply(x, weight, None)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_fp8_product_on_the_gpu() -> None:
+@pytest.mark.parametrize(("L", "K", "N"), [(1000, 1536, 1536), (12, 8960, 1536), (1, 13824, 5120), (127, 9216, 3072)])
+def test_fp8_product_on_the_gpu(L: int, K: int, N: int) -> None:
     """Sums of cuBLAS's fast accumulation, and the bits of a sample alone."""
     device = torch.device("cuda")
     if torch.cuda.get_device_capability() < (8, 9):
@@ -221,9 +246,9 @@ def test_fp8_product_on_the_gpu() -> None:
             fp8_linear(quantize_fp8_rows(torch.randn(1, 16, 64, device=device)), Fp8Rows(*[torch.empty(0)] * 2), None)
         return
     assert multiplies_fp8(device)
-    x = quantize_fp8_rows(draw(device, torch.bfloat16, 2, 1000, 1536))
-    weight = quantize_fp8_rows(draw(device, torch.bfloat16, 1536, 1536, seed=1))
-    bias = draw(device, torch.bfloat16, 1536, seed=2)
+    x = quantize_fp8_rows(draw(device, torch.bfloat16, 2, L, K))
+    weight = quantize_fp8_rows(draw(device, torch.bfloat16, N, K, seed=1))
+    bias = draw(device, torch.bfloat16, N, seed=2)
     out = fp8_linear(x, weight, bias)
     exact = fp8_linear(x, weight, bias, provider="reference", out_dtype=torch.float32)
     assert float((out.float() - exact).norm() / exact.norm()) <= 5e-3
