@@ -147,7 +147,7 @@ def test_each_layer_reads_the_text_once_for_all_steps(net, inputs, monkeypatch):
 
 def test_padding_is_one_row(net, inputs):
     samples = net.prepare_context(inputs[1], LENGTHS).samples
-    assert [len(sample.embedded_SM) for sample in samples] == [8, 24, 2]
+    assert [len(sample.embedded) for sample in samples] == [8, 24, 2]
     assert [sample.num_padding for sample in samples] == [17, 0, 23]
 
 

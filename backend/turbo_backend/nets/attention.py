@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
@@ -72,39 +72,42 @@ class LayerText:
     value_amax: torch.Tensor
 
 
+@dataclass(slots=True, eq=False)
 class SampleContext:
     """One prompt, embedded; each layer's keys and values are made when it first reads them, and kept.
 
     So a GPU works on the first blocks while the host still launches what the text needs in later ones.
 
-    Args:
-        embedded_SM: the prompt's rows, and one of padding if there is any.
-        num_padding: how many equal padding rows the last row stands for; 0 if the prompt fills the text length.
-        provider: of the linears and norms that make keys and values.
-
     Attributes:
         rows: how many there are, on the device.
+        num_padding: how many equal padding rows the last row stands for; 0 if the prompt fills the text length. Only
+            networks that do not read `rows` look at it.
+        embedded: [S, M], the prompt's rows, and one of padding if there is any; None where all layers' are made.
+        provider: of the linears and norms that make keys and values.
     """
 
-    def __init__(self, embedded_SM: torch.Tensor, *, num_padding: int, provider: str) -> None:
-        self.embedded_SM = embedded_SM
-        self.num_padding = num_padding
-        self.rows = TextRows.of(len(embedded_SM), last_count=max(num_padding, 1), device=embedded_SM.device)
-        self._provider = provider
-        self._layers: dict[int, LayerText] = {}
+    rows: TextRows
+    num_padding: int = 0
+    embedded: torch.Tensor | None = None
+    provider: str = "triton"
+    _layers: dict[int, LayerText] = field(default_factory=dict)
+
+    @classmethod
+    def of_text(cls, embedded_SM: torch.Tensor, *, num_padding: int, provider: str) -> SampleContext:
+        """Of a prompt whose keys and values are still to be made."""
+        rows = TextRows.of(len(embedded_SM), last_count=max(num_padding, 1), device=embedded_SM.device)
+        return cls(rows, num_padding, embedded_SM, provider)
 
     @classmethod
     def of_layers(cls, layers: Sequence[LayerText], rows: TextRows) -> SampleContext:
-        """One whose keys and values lie where they were put; for kernels that read its length off the device."""
-        context = cls(layers[0].keys[:1].flatten(1), num_padding=0, provider="triton")
-        context.rows = rows
-        context._layers = dict(enumerate(layers))
-        return context
+        """Of keys and values that lie where they were put; for kernels that read the text's length off the device."""
+        return cls(rows, _layers=dict(enumerate(layers)))
 
     def read(self, attention: CrossAttention, layer: int) -> LayerText:
         """What `attention`, which is that of `layer`, reads of the prompt."""
         if layer not in self._layers:
-            self._layers[layer] = attention.project_context(self.embedded_SM, provider=self._provider)
+            assert self.embedded is not None
+            self._layers[layer] = attention.project_context(self.embedded, provider=self.provider)
         return self._layers[layer]
 
 

@@ -162,7 +162,7 @@ class WanDiT(nn.Module):
         num_padding = self.config.text_len - text_SC.shape[0]
         if num_padding:
             text_SC = F.pad(text_SC, (0, 0, 0, 1))
-        return SampleContext(self.text_embedding(text_SC), num_padding=num_padding, provider=provider)
+        return SampleContext.of_text(self.text_embedding(text_SC), num_padding=num_padding, provider=provider)
 
     @torch.no_grad()
     def forward(
