@@ -224,23 +224,32 @@ class Drafts:
 
 
 def send_drafts(client: Client, drafts: int, finals: int) -> Drafts:
-    """Sends drafts of two steps, one after another, while as many callers ask for finals without a pause."""
+    """Sends drafts of two steps, one after another, while as many callers ask for finals without a pause.
+
+    The first caller takes its videos. The others give theirs up before the last step and ask for the next one, since
+    where decoding takes longer the denoiser would be idle; their first ones each after another step, so that not all of
+    them begin anew at once.
+    """
     found = Drafts()
     steps: list[float] = []
     over = threading.Event()
     begun = threading.Barrier(finals + 1)
 
     def ask_for_finals(number: int) -> None:
-        waits = True
+        waits, last_step = True, number - 1
         while not over.is_set():
             with client.stream(**{**LONG, "seed": number, "num_frames": 17}) as stream:
-                for _ in stream:
+                for progress in stream:
                     if waits:
                         begun.wait(60)
                         waits = False
                     if over.is_set():
                         return
-                steps.extend(stream.result().report["stages"]["denoiser"]["step_milliseconds"])
+                    if (progress.stage, progress.step) == ("denoiser", last_step):
+                        break
+                else:
+                    steps.extend(stream.result().report["stages"]["denoiser"]["step_milliseconds"])
+            last_step = LONG["num_steps"] - 1 if number > 1 else 0
 
     with ThreadPoolExecutor(finals) as pool:
         callers = [pool.submit(ask_for_finals, number) for number in range(1, finals + 1)]
