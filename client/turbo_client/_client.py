@@ -63,7 +63,8 @@ class Client(Session):
     def cancel(self, request_id: str) -> None:
         """Ends a running `generate` or `stream` of any client, by its request id; its caller gets a CancelledError.
 
-        One that no request has changes nothing. Jobs are cancelled by `jobs.cancel`.
+        One that no request has is kept for an hour, for a request that is still on its way: so a request that is sent
+        again after its cancellation takes another id. Jobs are cancelled by `jobs.cancel`.
         """
         self._call("ModelInfer", encode_call("cancel_request", job_id=request_id))
 
