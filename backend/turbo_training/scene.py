@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 SUBJECTS = ("circle", "square", "triangle", "star", "cat", "car")
@@ -113,6 +113,7 @@ def sample_scene(
     two_actors: float = 0.2,
     camera: str | None = None,
     changing_light: float = 0.0,
+    motions: Sequence[str] = MOTIONS,
 ) -> Scene:
     """Draws a scene.
 
@@ -124,12 +125,13 @@ def sample_scene(
         two_actors: share of scenes with two, if their number is drawn.
         camera: by default static in half of the scenes.
         changing_light: share of scenes in which the light changes.
+        motions: each actor's is one of these; what stands there twice is drawn twice as often.
     """
     accepted: Callable[[Scene], bool] = _tests_generalisation if held_out else _is_for_training
     if num_actors is None:  # once: scenes of two are accepted less often
         num_actors = 1 + (generator.random() < two_actors)
     while True:
-        scene = _draw(generator, num_actors, camera, changing_light)
+        scene = _draw(generator, num_actors, camera, changing_light, motions)
         if accepted(scene):
             return scene
 
@@ -144,7 +146,9 @@ def _is_for_training(scene: Scene) -> bool:
     return not is_held_out(scene)
 
 
-def _draw(generator: random.Random, num_actors: int, camera: str | None, changing_light: float) -> Scene:
+def _draw(
+    generator: random.Random, num_actors: int, camera: str | None, changing_light: float, motions: Sequence[str]
+) -> Scene:
     subjects = generator.sample(SUBJECTS, num_actors)
     colors = generator.sample(COLORS, num_actors)
     light = generator.choice(LIGHTS)
@@ -158,7 +162,7 @@ def _draw(generator: random.Random, num_actors: int, camera: str | None, changin
             Actor(
                 subject=subject,
                 color=color,
-                motion=generator.choice(MOTIONS),
+                motion=generator.choice(motions),
                 size=generator.uniform(0.9, 1.12),
                 offset=(generator.uniform(-1, 1), generator.uniform(-1, 1)),
                 phase=generator.random(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -70,6 +71,13 @@ def test_training_never_shows_what_is_held_out() -> None:
     for scene in (sample_scene(generator, held_out=True) for _ in range(100)):
         assert all(is_held_out_actor(actor) for actor in scene.actors)
         assert is_held_out_place(scene.actors[0], scene.surroundings, scene.light)
+
+
+def test_motions_are_drawn_from_those_given_as_often_as_they_stand_there() -> None:
+    generator = random.Random(0)
+    drawn = Counter(sample_scene(generator, motions=("up", "spin", "spin")).actors[0].motion for _ in range(600))
+    assert set(drawn) == {"up", "spin"}
+    assert 1.6 < drawn["spin"] / drawn["up"] < 2.5
 
 
 def test_a_scene_refuses_what_it_cannot_show() -> None:
