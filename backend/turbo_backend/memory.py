@@ -166,12 +166,21 @@ def pack_together(module: nn.Module, device: torch.device) -> None:
     move(device)
 
 
+def empty_gpu_cache() -> None:
+    """Gives back what PyTorch's caches of all GPUs hold unused, once this process's kernels on them are through.
+
+    A GPU that is not the current one is not waited for by itself: its memory went while kernels read it.
+    """
+    for index in range(torch.cuda.device_count()):
+        if torch.cuda.memory_reserved(index):
+            torch.cuda.synchronize(index)
+    torch.cuda.empty_cache()
+
+
 def settle_gpu(device: torch.device) -> None:
     """Gives back what loading left in PyTorch's cache, and lets `gpu_peak` count from here."""
     if device.type == "cuda":
-        # The cache is that of all GPUs, and what is freed of one that is not the current one is not waited for.
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+        empty_gpu_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -185,7 +194,7 @@ def release_workspace(device: torch.device, *, room: int) -> None:
         room: bytes that shall be free for others, the cache not counted.
     """
     if device.type == "cuda" and gpu_memory(device)[0] < room:
-        torch.cuda.empty_cache()
+        empty_gpu_cache()
 
 
 def gpu_peak() -> dict[str, int]:
@@ -208,7 +217,7 @@ def as_turbo_error(error: Exception, stage: str) -> TurboError:
         return error
     if _is_out_of_memory(error) or (isinstance(error, TurboError) and _is_out_of_memory(error.__cause__)):
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            empty_gpu_cache()
         _log.warning("%s ran out of memory: %s", stage, error)
         return ResourceExhausted(f"{stage} ran out of memory; ask for fewer frames or a lower resolution")
     if isinstance(error, TurboError):

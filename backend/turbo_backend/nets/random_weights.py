@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from turbo_backend.memory import empty_gpu_cache
+
 #: Bytes of a float32 draft whose memory goes back before the next: smaller tensors would settle in it for good.
 _LARGE_DRAFT = 1 << 28
 #: Standard deviation of the integers -127 to 127, all equally likely.
@@ -59,7 +61,7 @@ def initialize_random(
             values = values.to(target)
             setattr(module, name, nn.Parameter(values, requires_grad=False) if is_parameter else values)
             if is_large:
-                torch.cuda.empty_cache()
+                empty_gpu_cache()
 
 
 def _draw(

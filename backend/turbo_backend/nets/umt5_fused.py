@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from turbo_backend.memory import pack_together
+from turbo_backend.memory import empty_gpu_cache, pack_together
 from turbo_backend.quantization import Fp8Linear, LinearWeights, lay_side_by_side
 from turbo_kernels import default_provider
 from turbo_kernels.fp8_linear import Fp8Rows, quantize_fp8_rows
@@ -70,7 +70,7 @@ class FusedEncoder:
         for block in self._blocks:
             lay_side_by_side(_projections(block))
             lay_side_by_side(_gate_and_up(block))
-            torch.cuda.empty_cache()  # else the separate weights' memory would pile up: as much again
+            empty_gpu_cache()  # else the separate weights' memory would pile up: as much again
         if encoder.device.type == "cuda":
             pack_together(encoder, encoder.device)
         self._recordings: dict[int, _Recording] = {}
