@@ -228,8 +228,12 @@ def is_durable(request: Any) -> bool:
 
 
 def send(sender: Any, answer: Any, *, final: bool) -> None:
-    """Sends one of a decoupled request's responses."""
-    sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+    """Sends one of a decoupled request's responses, or None to end it without one."""
+    flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+    if answer is None:
+        sender.send(flags=flags)
+    else:
+        sender.send(answer, flags=flags)
 
 
 def response(*tensors: Any) -> Any:

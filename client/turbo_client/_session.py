@@ -131,7 +131,9 @@ class Session:
             raise RuntimeError("this client is closed")
 
     def _unreachable(self, error: UnavailableError) -> UnreachableError:
-        reason = _GRPC_PREFACE.sub("", error.message)
+        reason, never_connected = _GRPC_PREFACE.subn("", error.message)
+        if not never_connected:
+            return UnreachableError(f"the connection to {self.url} broke: {reason}", request_id=error.request_id)
         reason = next((meaning for said, meaning in _WRONG_PORTS if said in reason), reason)
         return UnreachableError(f"cannot reach {self.url}: {reason}", request_id=error.request_id)
 

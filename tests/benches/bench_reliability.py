@@ -5,10 +5,11 @@ r"""Do jobs survive, do requests leave nothing behind, how long do the cancelled
         --only soak --requests 100 --first 20 --longest 81
 
 The loads are those of `tests/reliability`: faults (processes of the server die at drawn moments), soak (many requests,
-some cut off, cancelled or bad; memory at the end over that after the first), crowd (many callers at once), cancel and
-drafts. Without `--url` each runs on a server of its own with the tiny model on the CPU; a server that runs already is
-not killed, and its memory is told where `--pid` (tritonserver's, as `turbodiffusion-server serve` prints it) and
-`--gpu` say where to look. The last stdout line is one JSON object; exit status 1 where a target is missed.
+some cut off, cancelled or bad; memory at the end over that after the first), crowd (many callers at once), cancel,
+cuts (streams that are cut while their video is decoded) and drafts. Without `--url` each runs on a server of its own
+with the tiny model on the CPU; a server that runs already sees no faults and no cuts, and its memory is told where
+`--pid` (tritonserver's, as `turbodiffusion-server serve` prints it) and `--gpu` say where to look. The last stdout line
+is one JSON object; exit status 1 where a target is missed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 
 from faults import kill_under_load
 from job_server import JobServer
-from loads import LONG, SHAPES, MixedLoad, Shape, cancel_jobs, send_drafts
+from loads import LONG, SHAPES, MixedLoad, Shape, cancel_jobs, cut_streams, send_drafts
 from processes import find_processes, gpu_mb, resident_mb
 
 from turbo_backend.manifest import versions
@@ -156,6 +157,21 @@ def measure_cancel(arguments: argparse.Namespace) -> Result:
     }
 
 
+def measure_cuts(arguments: argparse.Namespace) -> Result:
+    """How many chunks of a video are decoded after its stream was cut."""
+    with tempfile.TemporaryDirectory(prefix="bench-reliability-") as folder, JobServer(Path(folder)) as own:
+        cuts = cut_streams(own.client, own.server.metrics_url, arguments.cancels, arguments.seed)
+    p99, chunk = percentile(cuts.further_chunks, 99), cuts.chunk_milliseconds
+    print(f"cuts: {arguments.cancels} streams while decoded, p99 {p99} further chunks of {chunk:.0f} ms, of 33")
+    return {
+        "streams": arguments.cancels,
+        "p99_further_chunks": p99,
+        "chunk_ms": round(chunk, 1),
+        "not_cancelled": cuts.not_cancelled,
+        "met": p99 <= 1 and not cuts.not_cancelled,
+    }
+
+
 def measure_drafts(arguments: argparse.Namespace) -> Result:
     """How long drafts wait among finals that keep the server busy."""
     with reach(arguments) as (client, _):
@@ -191,13 +207,16 @@ MEASURES = {
     "soak": measure_soak,
     "crowd": measure_crowd,
     "cancel": measure_cancel,
+    "cuts": measure_cuts,
     "drafts": measure_drafts,
 }
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=MEASURES, nargs="+", help="all, unless told; with --url all but faults")
+    parser.add_argument(
+        "--only", choices=MEASURES, nargs="+", help="all, unless told; with --url all but faults and cuts"
+    )
     parser.add_argument("--url", help="gRPC address of a server that runs already")
     parser.add_argument("--pid", type=int, help="its tritonserver's process id")
     parser.add_argument("--gpu", action="store_true", help="tell GPU memory too")
@@ -209,14 +228,15 @@ def parse() -> argparse.Namespace:
         "--longest", type=int, metavar="FRAMES", help="one request in seven of soak and crowd is so long"
     )
     parser.add_argument("--crowd-seconds", type=float, default=120.0)
-    parser.add_argument("--cancels", type=int, default=20)
+    parser.add_argument("--cancels", type=int, default=20, help="jobs cancelled, and streams cut")
     parser.add_argument("--drafts", type=int, default=20)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--commit", help="of the measured tree, where it is no checkout")
     arguments = parser.parse_args()
-    arguments.only = arguments.only or [name for name in MEASURES if not (arguments.url and name == "faults")]
-    if arguments.url and "faults" in arguments.only:
-        parser.error("--only faults: kills no server that runs already")
+    own = {"faults", "cuts"} if arguments.url else set()
+    arguments.only = arguments.only or [name for name in MEASURES if name not in own]
+    for name in own.intersection(arguments.only):
+        parser.error(f"--only {name}: not on a server that runs already")
     if not 0 < arguments.first < arguments.requests:
         parser.error(f"--first {arguments.first}: must be 1 to {arguments.requests - 1}, fewer than --requests")
     return arguments

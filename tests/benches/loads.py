@@ -9,6 +9,7 @@ import random
 import statistics
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -206,6 +207,50 @@ def cancel_jobs(client: Client, jobs: int, seed: int) -> Cancels:
 def _num_told(job: JobStatus) -> int:
     """Steps and chunks that a job of `LONG` has told by now."""
     return job.step if job.stage == "denoiser" else LONG["num_steps"] + job.step
+
+
+@dataclass(slots=True)
+class Cuts:
+    """Streams that were cut while their video was decoded.
+
+    Attributes:
+        further_chunks: that were decoded after the cut, of each; the one that ran then is among them.
+        not_cancelled: how many were decoded to their end.
+        chunk_milliseconds: of an undisturbed video, each.
+    """
+
+    further_chunks: list[int] = field(default_factory=list)
+    not_cancelled: int = 0
+    chunk_milliseconds: float = 0.0
+
+
+def cut_streams(client: Client, metrics_url: str, streams: int, seed: int) -> Cuts:
+    """Cuts as many streams, one by one, each after a drawn chunk; nothing else may be decoded meanwhile."""
+
+    def counted(what: str, label: str) -> float:
+        with urllib.request.urlopen(metrics_url) as page:  # noqa: S310  (of a server under test)
+            lines = page.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(what) and label in line)
+
+    def num_ended(outcome: str) -> float:
+        return counted("turbo_vae_decoder_requests{", f'"{outcome}"')
+
+    draw = random.Random(seed)
+    shape = {**LONG, "num_steps": 1, "num_frames": 129}
+    num_chunks = 33
+    cuts = Cuts()
+    cuts.chunk_milliseconds = client.generate(**shape).report["stages"]["vae_decoder"]["milliseconds"] / num_chunks
+    for _ in range(streams):
+        chunks, at = counted("turbo_vae_decoder_chunks{", ""), draw.randint(1, num_chunks // 2)
+        cancelled, done = num_ended("cancelled"), num_ended("done")
+        with client.stream(**shape) as stream:
+            while (progress := next(stream)).stage != "vae_decoder" or progress.step < at:
+                pass
+        while num_ended("cancelled") == cancelled and num_ended("done") == done:
+            time.sleep(0.05)
+        cuts.not_cancelled += num_ended("done") > done
+        cuts.further_chunks.append(int(counted("turbo_vae_decoder_chunks{", "") - chunks) - at)
+    return cuts
 
 
 @dataclass(slots=True)

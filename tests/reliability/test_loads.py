@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from job_server import PROCESSES, JobServer
-from loads import SHAPES, MixedLoad, cancel_jobs, send_drafts
+from loads import SHAPES, MixedLoad, cancel_jobs, cut_streams, send_drafts
 from processes import resident_mb
 
 pytestmark = [pytest.mark.server, pytest.mark.reliability]
@@ -31,6 +31,12 @@ def test_a_cancelled_job_tells_at_most_one_step_more(under_load: JobServer) -> N
     cancels = cancel_jobs(under_load.client, jobs=20, seed=7)
     assert cancels.not_cancelled == []
     assert max(cancels.further_steps) <= 1
+
+
+def test_a_stream_that_is_cut_while_its_video_is_decoded_ends_with_the_running_chunk(under_load: JobServer) -> None:
+    cuts = cut_streams(under_load.client, under_load.server.metrics_url, streams=20, seed=7)
+    assert cuts.not_cancelled == 0
+    assert max(cuts.further_chunks) <= 1
 
 
 def test_a_draft_waits_for_at_most_two_steps_of_finals(under_load: JobServer) -> None:

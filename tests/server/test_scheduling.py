@@ -155,6 +155,37 @@ def test_a_request_is_cancelled_while_its_video_is_decoded(triton: TritonServer)
     assert not triton.cancellations.is_requested("decoding")
 
 
+def test_a_cut_stream_ends_its_decoding(triton: TritonServer) -> None:
+    cancelled = count(triton, "turbo_vae_decoder_requests", "cancelled")
+    chunks = count(triton, "turbo_vae_decoder_chunks")
+    with streaming(triton, NUM_FRAMES=129, NUM_STEPS=1) as stream:
+        stream.send()
+        answers = stream.answers()
+        while next(answers) != ("vae_decoder", 1):
+            pass
+    wait_until(lambda: count(triton, "turbo_vae_decoder_requests", "cancelled") == cancelled + 1)
+    assert count(triton, "turbo_vae_decoder_chunks") - chunks < 33
+
+
+def test_a_cut_stream_leaves_the_queue_of_the_decoder_before_its_turn(triton: TritonServer) -> None:
+    cancelled = count(triton, "turbo_vae_decoder_requests", "cancelled")
+    long, short = {"NUM_FRAMES": 129, "NUM_STEPS": 1}, {"NUM_FRAMES": 5, "NUM_STEPS": 1}
+    with streaming(triton, **long) as decoded:
+        decoded.send()
+        answers = decoded.answers()
+        while next(answers) != ("vae_decoder", 1):
+            pass
+        with streaming(triton, **short) as waiting:
+            waiting.send()
+            assert next(waiting.answers()) == ("denoiser", 1)
+        told = 0
+        while count(triton, "turbo_vae_decoder_requests", "cancelled") == cancelled:
+            stage, told = next(answers)
+            assert stage == "vae_decoder", "it was given up before the other's video was done"
+        assert list(answers)[-1][0] == "done"
+    assert told < 33
+
+
 def test_a_draft_passes_a_final_between_its_steps(triton: TritonServer) -> None:
     with streaming(triton, **LONG) as final, streaming(triton, **SHORT) as draft:
         final.send()

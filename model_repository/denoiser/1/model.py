@@ -13,6 +13,7 @@ from turbo_backend.memory import as_turbo_error
 from turbo_backend.parameters import make_delivery, make_scheduling
 from turbo_backend.stages.denoiser import COUNTERS
 from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest
+from turbo_backend.stages.held_open import HeldOpen
 from turbo_backend.stages.loading import load_denoiser
 
 EMPTY_LATENTS = torch.empty(16, 0, 0, 0)
@@ -22,6 +23,7 @@ class TritonPythonModel:
     @triton.tells_failure
     def initialize(self, args):
         self._cancellations = Cancellations.of_server()
+        self._held_open = HeldOpen(self._cancellations)
         settings = triton.read_settings(args)
         self._stage = load_denoiser(
             settings, cancellations=self._cancellations, open_store=partial(open_step_files, settings)
@@ -32,7 +34,7 @@ class TritonPythonModel:
     def execute(self, requests):
         """Hands the requests over; they are answered as their steps are done."""
         for request in requests:
-            answer = _Caller(request)
+            answer = _Caller(request, self._held_open)
             try:
                 self._stage.submit(self._read(request), answer)
             except Exception as error:
@@ -40,6 +42,7 @@ class TritonPythonModel:
 
     def finalize(self):
         self._stage.close()
+        self._held_open.close()
         self._cancellations.close()
 
     def _read(self, request):
@@ -63,21 +66,37 @@ class TritonPythonModel:
 class _Caller:
     """Gives one request its answers."""
 
-    def __init__(self, request):
+    def __init__(self, request, held_open):
         self._sender, self._request_id = request.get_response_sender(), request.request_id()
+        self._held_open = held_open
         # Triton 2.51 never releases an ensemble that fails while another of its steps runs, and tells no error's status
         # to the jobs: the next model, which may be at work on the last step, ends the request then.
-        self._next_fails = triton.is_durable(request)
+        self._is_job = self._next_fails = triton.is_durable(request)
 
     def __call__(self, update):
         if not isinstance(update, TurboError):
             self._next_fails = True
-            triton.send(self._sender, _respond(update), final=update.report is not None)
+            is_last = update.report is not None
+            # Jobs never leave.
+            is_held = (
+                is_last and not self._is_job and self._held_open.hold(update.cancel_token, self._make_words(update))
+            )
+            triton.send(self._sender, _respond(update), final=is_last and not is_held)
         elif not self._next_fails:
             triton.send(self._sender, triton.error_response(update, self._request_id), final=True)
         else:
-            told = DenoisedStep(step=0, step_count=0, cancel_token="", report=error_to_report(update))
-            triton.send(self._sender, _respond(told), final=True)
+            self._send_report(error_to_report(update), final=True)
+
+    def _make_words(self, update):
+        def say(is_last):
+            self._send_report({"is_last_word": is_last}, update.cancel_token, final=is_last)
+
+        return say
+
+    def _send_report(self, report, token="", *, final):
+        """Sends what is no step."""
+        told = DenoisedStep(step=0, step_count=0, cancel_token=token, report=report)
+        triton.send(self._sender, _respond(told), final=final)
 
 
 def _respond(update):

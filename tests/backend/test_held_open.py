@@ -1,0 +1,113 @@
+"""Requests that stay open while their videos are decoded: words, last words, and what fails after them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from turbo_backend.cancellation import Cancellations
+from turbo_backend.stages.held_open import HeldOpen, LettingGo
+
+
+@pytest.fixture
+def marks(tmp_path: Path) -> Cancellations:
+    return Cancellations(tmp_path / "marks")
+
+
+@pytest.fixture
+def held_open(marks: Cancellations) -> Iterator[HeldOpen]:
+    held_open = HeldOpen(marks)
+    yield held_open
+    held_open.close()
+
+
+def test_words_are_said_until_the_decoder_lets_go(held_open: HeldOpen, marks: Cancellations) -> None:
+    words: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    letting_go = LettingGo(marks)
+    assert held_open.hold("mine", words.put)
+    letting_go.begin("mine")
+    assert [words.get(timeout=60) for _ in range(3)] == [False] * 3
+    letting_go.let_go("mine")
+    said = []
+    while not said or not said[-1]:
+        said.append(words.get(timeout=60))
+    held_open.close()
+    assert words.empty(), "nothing comes after the last word"
+
+
+def test_each_request_is_let_go_of_by_itself(held_open: HeldOpen, marks: Cancellations) -> None:
+    one, other = threading.Event(), threading.Event()
+    held_open.hold("one", lambda is_last: one.set() if is_last else None)
+    held_open.hold("other", lambda is_last: other.set() if is_last else None)
+    LettingGo(marks).let_go("one")
+    assert one.wait(60)
+    assert not other.is_set()
+
+
+def test_what_fails_waits_for_the_last_word(held_open: HeldOpen, marks: Cancellations) -> None:
+    letting_go = LettingGo(marks)
+    happened: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def say(is_last: bool) -> None:
+        if is_last:
+            happened.put("last word")
+            letting_go.end("mine")
+
+    assert held_open.hold("mine", say)
+    letting_go.begin("mine")
+    letting_go.after("mine", lambda: happened.put("failed"))
+    assert [happened.get(timeout=60), happened.get(timeout=60)] == ["last word", "failed"]
+
+
+def test_what_was_let_go_of_or_never_held_fails_at_once(held_open: HeldOpen, marks: Cancellations) -> None:
+    letting_go, failed = LettingGo(marks), []
+    letting_go.begin("never held")
+    letting_go.after("never held", lambda: failed.append("never held"))
+    over = threading.Event()
+    held_open.hold("mine", lambda is_last: over.set() if is_last else None)
+    letting_go.begin("mine")
+    letting_go.let_go("mine")
+    assert over.wait(60)
+    letting_go.end("mine")
+    letting_go.after("mine", lambda: failed.append("mine"))
+    assert failed == ["never held", "mine"]
+
+
+def test_a_request_to_which_nothing_can_be_said_is_given_up(
+    held_open: HeldOpen, caplog: pytest.LogCaptureFixture
+) -> None:
+    def say(is_last: bool) -> None:
+        tries.put(is_last)
+        raise RuntimeError("the caller's stream is gone")
+
+    tries: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    words: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    held_open.hold("broken", say)
+    held_open.hold("whole", words.put)
+    for _ in range(3):
+        words.get(timeout=60)
+    assert tries.qsize() == 1
+    assert "the caller's stream is gone" in caplog.text
+
+
+def test_what_cannot_be_marked_is_not_held(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    marks = Cancellations(tmp_path / "marks")
+    (tmp_path / "marks").rmdir()
+    (tmp_path / "marks").touch()
+    held_open = HeldOpen(marks)
+    words: list[bool] = []
+    assert not held_open.hold("mine", words.append)
+    held_open.close()
+    assert words == []
+    assert "will not be noticed" in caplog.text
+
+
+def test_no_mark_is_left_by_what_is_still_held_at_the_end(marks: Cancellations, tmp_path: Path) -> None:
+    held_open = HeldOpen(marks)
+    assert held_open.hold("mine", lambda is_last: None)
+    held_open.close()
+    assert list((tmp_path / "marks").iterdir()) == []
