@@ -115,7 +115,7 @@ class Settings(BaseModel):
     record_forwards: bool = Field(
         False,
         description="On a GPU with room, replay the denoiser's forward of one request as a CUDA graph of its shape, to "
-        "the same bits. Not yet tried on a GPU.",
+        "the same bits.",
     )
     max_queue_size: int = Field(
         64,

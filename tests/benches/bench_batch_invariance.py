@@ -89,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--quant-linear", action="store_true")
+    parser.add_argument("--record-forwards", action="store_true")
     parser.add_argument("--frames", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--together", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=3)
@@ -102,6 +103,7 @@ def main() -> None:
                 "TURBO_WEIGHTS": "random",
                 "TURBO_QUANT_LINEAR": str(arguments.quant_linear).lower(),
                 "TURBO_BATCH_INVARIANT": str(batch_invariant).lower(),
+                "TURBO_RECORD_FORWARDS": str(arguments.record_forwards).lower(),
             }
         )
         return load_denoiser(settings), settings
@@ -138,6 +140,7 @@ def main() -> None:
                 "device": device_name(settings.device),
                 "model": arguments.model,
                 "quant_linear": arguments.quant_linear,
+                "record_forwards": arguments.record_forwards,
                 "rows": rows,
                 "met": met,
                 "versions": versions(),

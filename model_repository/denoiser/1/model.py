@@ -23,12 +23,12 @@ class TritonPythonModel:
     @triton.tells_failure
     def initialize(self, args):
         self._cancellations = Cancellations.of_server()
-        self._held_open = HeldOpen(self._cancellations)
         settings = triton.read_settings(args)
         self._stage = load_denoiser(
             settings, cancellations=self._cancellations, open_store=partial(open_step_files, settings)
         )
         counters = {name: triton.Counter(name, *about) for name, about in COUNTERS.items()}
+        self._held_open = HeldOpen(self._cancellations)  # threads begin where nothing can fail any more
         self._stage.start(count=lambda name, label, amount: counters[name].increment(label, amount))
 
     def execute(self, requests):
