@@ -176,7 +176,7 @@ def measure_quality(
     weights: Annotated[
         Path | None, typer.Option(help="Folder of the model `tiny`; by default the embedded one.")
     ] = None,
-    prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts, half of them Chinese.")] = 60,
+    prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts, half of them Chinese.")] = 100,
     compared: Annotated[int, typer.Option(min=1, help="Prompts for 2 steps, dense attention and int8.")] = 24,
     variants: Annotated[int, typer.Option(min=1, help="Prompts for each other variant.")] = 6,
     teacher: Annotated[int, typer.Option(min=0, help="Prompts for the teacher: minutes each on a CPU.")] = 0,

@@ -97,7 +97,7 @@ class Plan:
         seconds: no further prompt of the main figures is begun after this; variants come first.
     """
 
-    num_prompts: int = 60
+    num_prompts: int = 100
     num_compared_prompts: int = 24
     num_variant_prompts: int = 6
     num_teacher_prompts: int = 0
