@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from turbo_backend.cancellation import Cancellations
 from turbo_backend.stages.held_open import HeldOpen, LettingGo
+
+
+def put_into(words: queue.SimpleQueue[bool]) -> Callable[[bool], bool]:
+    def say(is_last: bool) -> bool:
+        words.put(is_last)
+        return not is_last
+
+    return say
+
+
+def when_last(event: threading.Event) -> Callable[[bool], bool]:
+    def say(is_last: bool) -> bool:
+        if is_last:
+            event.set()
+        return not is_last
+
+    return say
 
 
 @pytest.fixture
@@ -28,7 +45,7 @@ def held_open(marks: Cancellations) -> Iterator[HeldOpen]:
 def test_words_are_said_until_the_decoder_lets_go(held_open: HeldOpen, marks: Cancellations) -> None:
     words: queue.SimpleQueue[bool] = queue.SimpleQueue()
     letting_go = LettingGo(marks)
-    assert held_open.hold("mine", words.put)
+    assert held_open.hold("mine", put_into(words))
     letting_go.begin("mine")
     assert [words.get(timeout=60) for _ in range(3)] == [False] * 3
     letting_go.let_go("mine")
@@ -41,8 +58,8 @@ def test_words_are_said_until_the_decoder_lets_go(held_open: HeldOpen, marks: Ca
 
 def test_each_request_is_let_go_of_by_itself(held_open: HeldOpen, marks: Cancellations) -> None:
     one, other = threading.Event(), threading.Event()
-    held_open.hold("one", lambda is_last: one.set() if is_last else None)
-    held_open.hold("other", lambda is_last: other.set() if is_last else None)
+    held_open.hold("one", when_last(one))
+    held_open.hold("other", when_last(other))
     LettingGo(marks).let_go("one")
     assert one.wait(60)
     assert not other.is_set()
@@ -52,10 +69,11 @@ def test_what_fails_waits_for_the_last_word(held_open: HeldOpen, marks: Cancella
     letting_go = LettingGo(marks)
     happened: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def say(is_last: bool) -> None:
+    def say(is_last: bool) -> bool:
         if is_last:
             happened.put("last word")
             letting_go.end("mine")
+        return not is_last
 
     assert held_open.hold("mine", say)
     letting_go.begin("mine")
@@ -68,7 +86,7 @@ def test_what_was_let_go_of_or_never_held_fails_at_once(held_open: HeldOpen, mar
     letting_go.begin("never held")
     letting_go.after("never held", lambda: failed.append("never held"))
     over = threading.Event()
-    held_open.hold("mine", lambda is_last: over.set() if is_last else None)
+    held_open.hold("mine", when_last(over))
     letting_go.begin("mine")
     letting_go.let_go("mine")
     assert over.wait(60)
@@ -80,18 +98,33 @@ def test_what_was_let_go_of_or_never_held_fails_at_once(held_open: HeldOpen, mar
 def test_a_request_to_which_nothing_can_be_said_is_given_up(
     held_open: HeldOpen, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def say(is_last: bool) -> None:
+    def say(is_last: bool) -> bool:
         tries.put(is_last)
         raise RuntimeError("the caller's stream is gone")
 
     tries: queue.SimpleQueue[bool] = queue.SimpleQueue()
     words: queue.SimpleQueue[bool] = queue.SimpleQueue()
     held_open.hold("broken", say)
-    held_open.hold("whole", words.put)
+    held_open.hold("whole", put_into(words))
     for _ in range(3):
         words.get(timeout=60)
     assert tries.qsize() == 1
     assert "the caller's stream is gone" in caplog.text
+
+
+def test_one_that_has_ended_is_held_no_longer_and_leaves_no_mark(held_open: HeldOpen, tmp_path: Path) -> None:
+    def say(is_last: bool) -> bool:
+        tries.put(is_last)
+        return False
+
+    tries: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    words: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    held_open.hold("ended", say)
+    held_open.hold("open", put_into(words))
+    for _ in range(3):
+        words.get(timeout=60)
+    assert tries.qsize() == 1
+    assert len(list((tmp_path / "marks").iterdir())) == 1, "that of the other"
 
 
 def test_what_cannot_be_marked_is_not_held(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -99,15 +132,15 @@ def test_what_cannot_be_marked_is_not_held(tmp_path: Path, caplog: pytest.LogCap
     (tmp_path / "marks").rmdir()
     (tmp_path / "marks").touch()
     held_open = HeldOpen(marks)
-    words: list[bool] = []
-    assert not held_open.hold("mine", words.append)
+    words: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    assert not held_open.hold("mine", put_into(words))
     held_open.close()
-    assert words == []
+    assert words.empty()
     assert "will not be noticed" in caplog.text
 
 
 def test_no_mark_is_left_by_what_is_still_held_at_the_end(marks: Cancellations, tmp_path: Path) -> None:
     held_open = HeldOpen(marks)
-    assert held_open.hold("mine", lambda is_last: None)
+    assert held_open.hold("mine", lambda is_last: True)
     held_open.close()
     assert list((tmp_path / "marks").iterdir()) == []

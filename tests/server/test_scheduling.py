@@ -28,6 +28,9 @@ LONG = {"NUM_FRAMES": 129, "NUM_STEPS": 4}
 SHORT = {"NUM_FRAMES": 5, "NUM_STEPS": 2}
 TYPES = {"NUM_FRAMES": ("INT32", np.int32), "NUM_STEPS": ("INT32", np.int32), "SEED": ("INT64", np.int64)}
 
+#: Metric of texts that were embedded.
+_TEXTS = ("nv_inference_request_success", 'model="text_encoder"')
+
 Answer = tuple[triton_grpc.InferResult | None, InferenceServerException | None]
 
 
@@ -109,8 +112,22 @@ def test_a_cut_stream_ends_its_denoising(triton: TritonServer) -> None:
         assert next(stream.answers()) == ("denoiser", 1)
     wait_until(lambda: num_ended(triton) == ended + 1)
     assert count(triton, "turbo_denoiser_requests", "cancelled") == cancelled + 1
-    # Triton says so to the model that is called after the step in which the stream was cut; by then the next has begun.
-    assert count(triton, "turbo_denoiser_steps") - steps <= 3
+    assert count(triton, "turbo_denoiser_steps") - steps <= 2, "the step that was told, and the one that ran then"
+
+
+def test_a_cut_stream_that_waits_leaves_before_the_running_step_is_over(triton: TritonServer) -> None:
+    cancelled = count(triton, "turbo_denoiser_requests", "cancelled")
+    with streaming(triton, **LONG) as running:
+        running.send()
+        running_answers = running.answers()
+        assert next(running_answers) == ("denoiser", 1)
+        steps, texts = count(triton, "turbo_denoiser_steps"), count(triton, *_TEXTS)
+        with streaming(triton, **LONG) as waiting:
+            waiting.send()
+            wait_until(lambda: count(triton, *_TEXTS) == texts + 1)
+        wait_until(lambda: count(triton, "turbo_denoiser_requests", "cancelled") == cancelled + 1)
+        assert count(triton, "turbo_denoiser_steps") - steps <= 2, "what ran then, and what had begun by the cut"
+    wait_until(lambda: count(triton, "turbo_denoiser_requests", "cancelled") == cancelled + 2)
 
 
 @pytest.mark.parametrize("request_id", ["mine", "../job 7/ü"])

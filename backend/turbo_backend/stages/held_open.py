@@ -1,12 +1,14 @@
-"""Requests that stay open until their video is made, so that the decoder hears of callers who leave meanwhile.
+"""Requests that the denoiser keeps open until their video is made, so that the decoder hears of callers who leave.
 
 Triton tells that a caller has left to the models that it calls from then on, and to none that is running (issue 6739 of
-its server). So the denoiser goes on answering a request whose video is decoded, with nothing but its token: each such
-word calls the decoder anew. A mark in the folder that the processes share says that a request is held. The decoder
-removes it before the last chunk, and the denoiser then says its last word. A request that fails is let go of first, and
-fails after the last word: Triton 2.51 never releases an ensemble that fails while one of its models is at work.
+its server). So the denoiser answers a request that waits, runs or is decoded now and then with nothing but its token:
+each such word calls the decoder anew. A mark in the folder that the processes share says that a request is held. The
+decoder removes it before the last chunk, and the denoiser then says its last word. A request whose decoding fails is
+let go of first, and fails after the last word: Triton 2.51 never releases an ensemble that fails while one of its
+models is at work.
 
     denoiser (`HeldOpen`)          decoder (`LettingGo`)
+    word, step, word, ...   ->     has the caller left?
     latents                 ->     decodes
     word, word, ...         ->     has the caller left?
               (mark gone)   <-     the last chunk is due, or an error
@@ -42,22 +44,22 @@ class HeldOpen:
     def __init__(self, marks: Cancellations, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._marks = marks
         self._clock = clock
-        self._held: dict[str, Callable[[bool], None]] = {}  # used by the thread alone
+        self._held: dict[str, Callable[[bool], bool]] = {}  # used by the thread alone
         self._said = clock()
         self._words = Answers(between=self._look, is_busy=lambda: bool(self._held))
         self._words.start()
 
-    def hold(self, token: str, say: Callable[[bool], None]) -> bool:
-        """Holds a request, before its latents are sent; False where that cannot be marked and it is not held.
+    def hold(self, token: str, say: Callable[[bool], bool]) -> bool:
+        """Holds a request; False where that cannot be marked and it is not held.
 
         Args:
             token: of the request.
-            say: sends a word; called with whether it is the last one.
+            say: sends a word; called with whether it is the last one. Returns whether the request is still open.
         """
         try:
             self._marks.request(_mark(token))
         except OSError as error:
-            _log.warning("a caller who leaves while its video is decoded will not be noticed: %s", error)
+            _log.warning("a caller who leaves will not be noticed in time: %s", error)
             return False
         self._words.give(partial(self._held.__setitem__, token, say))
         return True
@@ -74,8 +76,10 @@ class HeldOpen:
             self._said = self._clock()
             for token, say in list(self._held.items()):
                 del self._held[token]  # for good if nothing can be said any more
-                say(False)
-                self._held[token] = say
+                if say(False):
+                    self._held[token] = say
+                else:
+                    self._marks.forget(_mark(token))
 
 
 class LettingGo:

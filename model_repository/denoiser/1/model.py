@@ -1,5 +1,6 @@
 """Triton adapter of the denoiser: text embeddings and parameters -> one response a step, latents with the last."""
 
+import threading
 from functools import partial
 
 import torch
@@ -34,11 +35,12 @@ class TritonPythonModel:
     def execute(self, requests):
         """Hands the requests over; they are answered as their steps are done."""
         for request in requests:
-            answer = _Caller(request, self._held_open)
+            caller = _Caller(request, self._held_open)
             try:
-                self._stage.submit(self._read(request), answer)
+                if (run := self._stage.submit(self._read(request), caller)) is not None:
+                    caller.hold(run.cancel_token)
             except Exception as error:
-                answer(as_turbo_error(error, "denoiser"))
+                caller(as_turbo_error(error, "denoiser"))
 
     def finalize(self):
         self._stage.close()
@@ -64,37 +66,41 @@ class TritonPythonModel:
 
 
 class _Caller:
-    """Gives one request its answers."""
+    """Gives one request its answers, from any thread."""
 
     def __init__(self, request, held_open):
         self._sender, self._request_id = request.get_response_sender(), request.request_id()
-        self._held_open = held_open
+        self._held_open, self._lock = held_open, threading.Lock()
+        self._is_held = self._is_over = False
         # Triton 2.51 never releases an ensemble that fails while another of its steps runs, and tells no error's status
         # to the jobs: the next model, which may be at work on the last step, ends the request then.
         self._is_job = self._next_fails = triton.is_durable(request)
 
+    def hold(self, token):
+        """Keeps a request open whose caller may leave, which jobs never do."""
+        with self._lock:
+            if not self._is_job and not self._is_over and self._held_open.hold(token, partial(self._say, token)):
+                self._is_held = self._next_fails = True
+
     def __call__(self, update):
-        if not isinstance(update, TurboError):
-            self._next_fails = True
-            is_last = update.report is not None
-            # Jobs never leave.
-            is_held = (
-                is_last and not self._is_job and self._held_open.hold(update.cancel_token, self._make_words(update))
-            )
-            triton.send(self._sender, _respond(update), final=is_last and not is_held)
-        elif not self._next_fails:
-            triton.send(self._sender, triton.error_response(update, self._request_id), final=True)
-        else:
-            self._send_report(error_to_report(update), final=True)
+        with self._lock:
+            if not isinstance(update, TurboError):
+                self._next_fails = True
+                triton.send(self._sender, _respond(update), final=update.report is not None and not self._is_held)
+            elif self._next_fails:
+                self._send_report(error_to_report(update), final=True)
+            else:
+                triton.send(self._sender, triton.error_response(update, self._request_id), final=True)
+            self._is_over = isinstance(update, TurboError) or (update.report is not None and not self._is_held)
 
-    def _make_words(self, update):
-        def say(is_last):
-            self._send_report({"is_last_word": is_last}, update.cancel_token, final=is_last)
-
-        return say
+    def _say(self, token, is_last):
+        with self._lock:
+            if not self._is_over:
+                self._is_over = is_last
+                self._send_report({"is_last_word": is_last}, token, final=is_last)
+            return not self._is_over
 
     def _send_report(self, report, token="", *, final):
-        """Sends what is no step."""
         told = DenoisedStep(step=0, step_count=0, cancel_token=token, report=report)
         triton.send(self._sender, _respond(told), final=final)
 
