@@ -80,6 +80,11 @@ class Cancellations:
         """Whether the request of that key is to be ended; a key that could not have been filed never is."""
         return _is_key(key) and os.path.exists(self._file(key))
 
+    def keep(self, key: str) -> None:
+        """Keeps what is filed under a key from being forgotten as old; files nothing."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self._file(key))
+
     def forget(self, *keys: str) -> None:
         """Removes cancellations that have been carried out or came too late; absent and empty keys are passed over."""
         for key in keys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -125,6 +126,21 @@ def test_one_that_has_ended_is_held_no_longer_and_leaves_no_mark(held_open: Held
         words.get(timeout=60)
     assert tries.qsize() == 1
     assert len(list((tmp_path / "marks").iterdir())) == 1, "that of the other"
+
+
+def test_a_request_may_wait_longer_than_marks_are_kept(
+    held_open: HeldOpen, marks: Cancellations, tmp_path: Path
+) -> None:
+    words: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    held_open.hold("mine", put_into(words))
+    (mark,) = (tmp_path / "marks").iterdir()
+    words.get(timeout=60)
+    os.utime(mark, (0, 0))
+    for _ in range(2):
+        words.get(timeout=60)
+    marks.request("another's")
+    assert mark.exists()
+    assert [words.get(timeout=60) for _ in range(3)] == [False] * 3
 
 
 def test_what_cannot_be_marked_is_not_held(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -38,14 +38,12 @@ class HeldOpen:
 
     Args:
         marks: of the server, which the decoder sees too.
-        clock: seconds.
     """
 
-    def __init__(self, marks: Cancellations, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, marks: Cancellations) -> None:
         self._marks = marks
-        self._clock = clock
         self._held: dict[str, Callable[[bool], bool]] = {}  # used by the thread alone
-        self._said = clock()
+        self._said = time.monotonic()
         self._words = Answers(between=self._look, is_busy=lambda: bool(self._held))
         self._words.start()
 
@@ -72,12 +70,13 @@ class HeldOpen:
     def _look(self) -> None:
         for token in [token for token in self._held if not self._marks.is_requested(_mark(token))]:
             self._held.pop(token)(True)
-        if self._clock() - self._said >= max(_WORD_SECONDS, _SECONDS_FOR_EACH * len(self._held)):
-            self._said = self._clock()
+        if time.monotonic() - self._said >= max(_WORD_SECONDS, _SECONDS_FOR_EACH * len(self._held)):
+            self._said = time.monotonic()
             for token, say in list(self._held.items()):
                 del self._held[token]  # for good if nothing can be said any more
                 if say(False):
                     self._held[token] = say
+                    self._marks.keep(_mark(token))  # however long the request waits
                 else:
                     self._marks.forget(_mark(token))
 
