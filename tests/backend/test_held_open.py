@@ -96,35 +96,36 @@ def test_what_was_let_go_of_or_never_held_fails_at_once(held_open: HeldOpen, mar
     assert failed == ["never held", "mine"]
 
 
+def hold_beside_another(held_open: HeldOpen, say: Callable[[bool], bool]) -> None:
+    """Returns when three words were said to the other."""
+    words: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    held_open.hold("mine", say)
+    held_open.hold("another's", put_into(words))
+    for _ in range(3):
+        words.get(timeout=60)
+
+
 def test_a_request_to_which_nothing_can_be_said_is_given_up(
     held_open: HeldOpen, caplog: pytest.LogCaptureFixture
 ) -> None:
     def say(is_last: bool) -> bool:
-        tries.put(is_last)
+        tries.append(is_last)
         raise RuntimeError("the caller's stream is gone")
 
-    tries: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    words: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    held_open.hold("broken", say)
-    held_open.hold("whole", put_into(words))
-    for _ in range(3):
-        words.get(timeout=60)
-    assert tries.qsize() == 1
+    tries: list[bool] = []
+    hold_beside_another(held_open, say)
+    assert len(tries) == 1
     assert "the caller's stream is gone" in caplog.text
 
 
 def test_one_that_has_ended_is_held_no_longer_and_leaves_no_mark(held_open: HeldOpen, tmp_path: Path) -> None:
     def say(is_last: bool) -> bool:
-        tries.put(is_last)
+        tries.append(is_last)
         return False
 
-    tries: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    words: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    held_open.hold("ended", say)
-    held_open.hold("open", put_into(words))
-    for _ in range(3):
-        words.get(timeout=60)
-    assert tries.qsize() == 1
+    tries: list[bool] = []
+    hold_beside_another(held_open, say)
+    assert len(tries) == 1
     assert len(list((tmp_path / "marks").iterdir())) == 1, "that of the other"
 
 

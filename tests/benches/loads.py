@@ -9,12 +9,13 @@ import random
 import statistics
 import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+
+from metrics import count
 
 from turbo_client import (
     CancelledError,
@@ -227,13 +228,11 @@ class Cuts:
 def cut_streams(client: Client, metrics_url: str, streams: int, seed: int) -> Cuts:
     """Cuts as many streams, one by one, each after a drawn chunk; nothing else may be decoded meanwhile."""
 
-    def counted(what: str, label: str) -> float:
-        with urllib.request.urlopen(metrics_url) as page:  # noqa: S310  (of a server under test)
-            lines = page.read().decode().splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(what) and label in line)
+    def num_decoded() -> float:
+        return count(metrics_url, "turbo_vae_decoder_chunks")
 
     def num_ended(outcome: str) -> float:
-        return counted("turbo_vae_decoder_requests{", f'"{outcome}"')
+        return count(metrics_url, "turbo_vae_decoder_requests", f'"{outcome}"')
 
     draw = random.Random(seed)
     shape = {**LONG, "num_steps": 1, "num_frames": 129}
@@ -241,7 +240,7 @@ def cut_streams(client: Client, metrics_url: str, streams: int, seed: int) -> Cu
     cuts = Cuts()
     cuts.chunk_milliseconds = client.generate(**shape).report["stages"]["vae_decoder"]["milliseconds"] / num_chunks
     for _ in range(streams):
-        chunks, at = counted("turbo_vae_decoder_chunks{", ""), draw.randint(1, num_chunks // 2)
+        chunks, at = num_decoded(), draw.randint(1, num_chunks // 2)
         cancelled, done = num_ended("cancelled"), num_ended("done")
         with client.stream(**shape) as stream:
             while (progress := next(stream)).stage != "vae_decoder" or progress.step < at:
@@ -249,7 +248,7 @@ def cut_streams(client: Client, metrics_url: str, streams: int, seed: int) -> Cu
         while num_ended("cancelled") == cancelled and num_ended("done") == done:
             time.sleep(0.05)
         cuts.not_cancelled += num_ended("done") > done
-        cuts.further_chunks.append(int(counted("turbo_vae_decoder_chunks{", "") - chunks) - at)
+        cuts.further_chunks.append(int(num_decoded() - chunks) - at)
     return cuts
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import queue
-import re
 import threading
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import metrics
 import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
@@ -85,12 +84,16 @@ def streaming(server: TritonServer, **values: int) -> Iterator[Stream]:
         stream.cut()
 
 
+def answers_once_decoded(stream: Stream) -> Iterator[tuple[str, int]]:
+    """Its answers after that to the first decoded chunk."""
+    answers = stream.answers()
+    while next(answers) != ("vae_decoder", 1):
+        pass
+    return answers
+
+
 def count(server: TritonServer, metric: str, label: str = "") -> float:
-    """The sum of a metric over its labels, or of those that hold `label`."""
-    with urllib.request.urlopen(server.metrics_url) as page:  # noqa: S310  (a server of this test's on loopback)
-        lines = page.read().decode().splitlines()
-    found = [re.fullmatch(rf"{metric}\{{(.*)\}} (\S+)", line) for line in lines]
-    return sum(float(match[2]) for match in found if match is not None and label in match[1])
+    return metrics.count(server.metrics_url, metric, label)
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
@@ -119,8 +122,7 @@ def test_a_cut_stream_that_waits_leaves_before_the_running_step_is_over(triton: 
     cancelled = count(triton, "turbo_denoiser_requests", "cancelled")
     with streaming(triton, **LONG) as running:
         running.send()
-        running_answers = running.answers()
-        assert next(running_answers) == ("denoiser", 1)
+        assert next(running.answers()) == ("denoiser", 1)
         steps, texts = count(triton, "turbo_denoiser_steps"), count(triton, *_TEXTS)
         with streaming(triton, **LONG) as waiting:
             waiting.send()
@@ -162,9 +164,7 @@ def test_one_that_waits_is_cancelled_before_the_running_step_is_over(triton: Tri
 def test_a_request_is_cancelled_while_its_video_is_decoded(triton: TritonServer) -> None:
     with streaming(triton, NUM_FRAMES=129, NUM_STEPS=1) as stream:
         stream.send("decoding")
-        answers = stream.answers()
-        while next(answers)[0] != "vae_decoder":
-            pass
+        answers = answers_once_decoded(stream)
         triton.cancellations.request("decoding")
         with pytest.raises(InferenceServerException) as caught:
             assert ("vae_decoder", 33) not in set(answers), "the last of its chunks"
@@ -177,9 +177,7 @@ def test_a_cut_stream_ends_its_decoding(triton: TritonServer) -> None:
     chunks = count(triton, "turbo_vae_decoder_chunks")
     with streaming(triton, NUM_FRAMES=129, NUM_STEPS=1) as stream:
         stream.send()
-        answers = stream.answers()
-        while next(answers) != ("vae_decoder", 1):
-            pass
+        answers_once_decoded(stream)
     wait_until(lambda: count(triton, "turbo_vae_decoder_requests", "cancelled") == cancelled + 1)
     assert count(triton, "turbo_vae_decoder_chunks") - chunks < 33
 
@@ -189,9 +187,7 @@ def test_a_cut_stream_leaves_the_queue_of_the_decoder_before_its_turn(triton: Tr
     long, short = {"NUM_FRAMES": 129, "NUM_STEPS": 1}, {"NUM_FRAMES": 5, "NUM_STEPS": 1}
     with streaming(triton, **long) as decoded:
         decoded.send()
-        answers = decoded.answers()
-        while next(answers) != ("vae_decoder", 1):
-            pass
+        answers = answers_once_decoded(decoded)
         with streaming(triton, **short) as waiting:
             waiting.send()
             assert next(waiting.answers()) == ("denoiser", 1)

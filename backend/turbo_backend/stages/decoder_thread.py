@@ -29,7 +29,7 @@ class DecoderThread:
         count: takes (counter, label) of what `COUNTERS` lists.
     """
 
-    def __init__(self, stage: VAEDecoderStage, count: Callable[[str, str], None] = lambda name, label: None) -> None:
+    def __init__(self, stage: VAEDecoderStage, count: Callable[[str, str], None]) -> None:
         self._stage = stage
         self._count = count
         self._numbers = itertools.count()
