@@ -131,7 +131,7 @@ class ModelConfig:
 
 #: Sized so that the files of both tiny models together stay under 24 MiB in bfloat16.
 _TINY_DIT = DiTConfig(dim=256, ffn_dim=640, num_heads=4, num_layers=5, text_dim=128)
-_TINY_TEXT_ENCODER = TextEncoderConfig(vocab_size=512, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=3)
+_TINY_TEXT_ENCODER = TextEncoderConfig(vocab_size=1024, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=3)
 _TINY_VAE = VAEConfig(base_dim=16, dim_mult=(1, 2, 4, 3), num_res_blocks=1)
 
 MODELS: dict[str, ModelConfig] = {

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.sampler import MAX_STEPS, RCMSchedule
-from turbo_training.attention_forward import DENSE, SPARSE, SPARSE_ON_HOPPER, TrainingAttention
+from turbo_training.attention_forward import SPARSE, TrainingAttention, draw_attention
 from turbo_training.dit_forward import Condition
 from turbo_training.finetune_sla import DENSE_SHARE
 from turbo_training.flow import VelocityFn, expand, guided, velocity_of
@@ -115,15 +115,10 @@ class RCMStage(Stage):
         num_steps = 0 if progress < _WARMUP else 1 + index // _STUDENT_EVERY % MAX_STEPS
         if num_steps and index % _STUDENT_EVERY:
             return self.recorded.run(("fake", num_steps), lambda: self._update_fake(num_steps))
-        attention = self._draw_attention()
+        attention = draw_attention(self.generator, dense=DENSE_SHARE)
         losses = self.recorded.run((attention, num_steps), lambda: self._update_student(attention, num_steps))
         self._ema.update(index // _STUDENT_EVERY)
         return losses
-
-    def _draw_attention(self) -> TrainingAttention:
-        if self.generator.random() < DENSE_SHARE:
-            return DENSE
-        return SPARSE_ON_HOPPER if self.generator.random() < 0.25 else SPARSE
 
     def _update_student(self, attention: TrainingAttention, num_steps: int) -> dict[str, Tensor]:
         x0, condition, weight = self.bank.draw(self.size.batch_size, on_subjects=ON_SUBJECTS)

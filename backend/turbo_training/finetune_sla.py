@@ -33,8 +33,8 @@ _SPARSE_SHARES = {SPARSE: 6, SPARSE_ON_HOPPER: 3, replace(SPARSE, topk=0.10): 2,
 _BLOCKS = 0.2
 
 
-def draw_attention(generator: random.Random) -> TrainingAttention:
-    """Attention as some server might run it."""
+def _draw_attention(generator: random.Random) -> TrainingAttention:
+    """Attention as some server might run it, with fewer blocks too."""
     if generator.random() < DENSE_SHARE:
         return DENSE
     (attention,) = generator.choices(tuple(_SPARSE_SHARES), tuple(_SPARSE_SHARES.values()))
@@ -73,7 +73,7 @@ class SparseStage(Stage):
 
     def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
         self.set_learning_rates(self.size.learning_rate, index, progress, warmup=100)
-        attention = draw_attention(self.generator)
+        attention = _draw_attention(self.generator)
         losses = self.recorded.run(attention, lambda: self._update(attention))
         self._ema.update(index)
         return losses

@@ -1,4 +1,8 @@
-"""The teachers: flow matching with dense attention, on captions of which some are dropped for guidance.
+"""The teachers: flow matching, on captions of which some are dropped for guidance.
+
+They attend densely, in training mostly so. In some steps attention is sparse, so that what a place has to look at comes
+to lie in few blocks before the sparse stage takes the others away (Yuan et al., "Native Sparse Attention", on training
+with it from the start).
 
 That of image-to-video begins as the other: its patch embedding takes mask and image too, with weights that grow from
 zero. Source: Wan2.2 for the conditioning.
@@ -11,6 +15,7 @@ from torch import nn
 
 from turbo_backend.config import DiTConfig
 from turbo_backend.nets.dit import WanDiT
+from turbo_training.attention_forward import TrainingAttention, draw_attention
 from turbo_training.flow import draw_times, expand, velocity_of
 from turbo_training.latents import LatentBank
 from turbo_training.shapes import StageShape
@@ -18,6 +23,8 @@ from turbo_training.trainer import EMA, Stage
 
 #: Share of captions left out, so that the network knows what clips look like without any.
 DROPPED = 0.1
+#: Share of steps with dense attention.
+DENSE_SHARE = 3 / 4
 
 
 class TeacherStage(Stage):
@@ -32,32 +39,30 @@ class TeacherStage(Stage):
         self, name: str, size: StageShape, bank: LatentBank, net: WanDiT, *, seed: int, device: torch.device
     ) -> None:
         super().__init__(seed=seed, device=device)
-        self.name, self.size, self.bank, self.net = name, size, bank, net
+        self.name, self.size, self.bank, self.net = name, size, bank, net.requires_grad_(True)
         self.average = WanDiT(net.config).to(device)
         self.modules = {"net": self.net, "ema": self.average}
-        # proj_l takes no part in dense attention: the sparse stage begins with it.
-        for name, parameter in self.net.named_parameters():
-            parameter.requires_grad_("proj_l" not in name)
-        self._trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         self.optimizers = self.make_optimizers(self.net, is_block_matrix, betas=(0.9, 0.98), weight_decay=0.01)
-        self._velocity = velocity_of(self.net, compiled=self.is_on_gpu)
         self._ema = EMA(self.net, self.average, decay=0.9995)
 
     def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
         self.set_learning_rates(self.size.learning_rate, index, progress, warmup=300)
-        losses = self.recorded.run(self.name, self._update)
+        attention = draw_attention(self.generator, dense=DENSE_SHARE)
+        losses = self.recorded.run(attention, lambda: self._update(attention))
         self._ema.update(index)
         return losses
 
-    def _update(self) -> dict[str, torch.Tensor]:
+    def _update(self, attention: TrainingAttention) -> dict[str, torch.Tensor]:
         x0, condition, weight = self.bank.draw(self.size.batch_size, dropped=DROPPED)
         noise, t = torch.randn_like(x0), draw_times(len(x0), self.device)
         with self.precision():
-            v = self._velocity(torch.lerp(x0, noise, expand(t)), t, condition)
+            v = velocity_of(self.net, attention, compiled=self.is_on_gpu)(
+                torch.lerp(x0, noise, expand(t)), t, condition
+            )
         loss = (weight * (v - noise + x0).square()).mean()
         self.net.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.step_optimizers()
         return {"loss": loss, "gradient": norm}
 
