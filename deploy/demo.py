@@ -15,7 +15,7 @@ from rich.console import Console
 from turbo_backend.server.process import TritonServer
 from turbo_client import Client
 
-PROMPT = "A red cat moves to the left across a green meadow on a sunny day, 电影感"
+PROMPT = "A red cat walks to the left across a sunny meadow, 电影感"
 
 
 def main() -> None:

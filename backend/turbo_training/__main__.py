@@ -177,8 +177,12 @@ def measure_quality(
         Path | None, typer.Option(help="Folder of the model `tiny`; by default the embedded one.")
     ] = None,
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts, half of them Chinese.")] = 100,
-    compared: Annotated[int, typer.Option(min=1, help="Prompts for 2 steps, dense attention and int8.")] = 24,
-    variants: Annotated[int, typer.Option(min=1, help="Prompts for each other variant.")] = 6,
+    free: Annotated[
+        bool, typer.Option(help="Word prompts as training does, with adjectives and unsaid daylight.")
+    ] = False,
+    dense: Annotated[int, typer.Option(min=1, help="Prompts for dense attention.")] = 60,
+    compared: Annotated[int, typer.Option(min=1, help="Prompts for 2 steps and int8.")] = 16,
+    variants: Annotated[int, typer.Option(min=1, help="Prompts for each other variant.")] = 4,
     teacher: Annotated[int, typer.Option(min=0, help="Prompts for the teacher: minutes each on a CPU.")] = 0,
     images: Annotated[int, typer.Option(min=0, help="Images for image-to-video.")] = 12,
     frames: Annotated[int, typer.Option(min=5, help="Frames of each clip.")] = 33,
@@ -190,6 +194,8 @@ def measure_quality(
     folder = weights or tiny_checkpoint_folder()
     plan = Plan(
         num_prompts=prompts,
+        free_captions=free,
+        num_dense_prompts=dense,
         num_compared_prompts=compared,
         num_variant_prompts=variants,
         num_teacher_prompts=min(teacher, prompts),
@@ -198,9 +204,9 @@ def measure_quality(
         seconds=seconds,
     )
     results = run_quality(folder, plan, device=device, sheet=sheet, say=lambda text: print(text, flush=True))
-    if teacher:
+    if teacher and not free:
         write_recorded_teacher(folder, results)
-    summary = summarize(results, recorded_teacher=read_recorded_teacher(folder))
+    summary = summarize(results, recorded_teacher=None if free else read_recorded_teacher(folder))
     print(json.dumps({"device": device, "torch": torch.__version__, **summary}))
 
 
