@@ -186,7 +186,7 @@ def measure_quality(
     teacher: Annotated[int, typer.Option(min=0, help="Prompts for the teacher: minutes each on a CPU.")] = 0,
     images: Annotated[int, typer.Option(min=0, help="Images for image-to-video.")] = 12,
     frames: Annotated[int, typer.Option(min=5, help="Frames of each clip.")] = 33,
-    seconds: Annotated[float, typer.Option(min=1, help="Time after which no further prompt is begun.")] = 540.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Time after which no further prompt is begun.")] = 570.0,
     sheet: Annotated[Path | None, typer.Option(help="PNG of twelve scenes, and of images beside it.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:

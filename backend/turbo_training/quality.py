@@ -110,7 +110,7 @@ class Plan:
     num_psnr_clips: int = 3
     num_image_prompts: int = 12
     num_frames: int = 33
-    seconds: float = 540.0
+    seconds: float = 570.0
     variants: tuple[Variant, ...] = VARIANTS
 
     def count(self, variant: Variant) -> int:
