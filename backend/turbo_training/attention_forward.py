@@ -7,6 +7,7 @@ what it should. Shapes: B batch, H heads, L tokens, D channels of a head.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +39,17 @@ DENSE = TrainingAttention()
 SPARSE = TrainingAttention(topk=0.15)
 #: The same as `sagesla` has it on Hopper.
 SPARSE_ON_HOPPER = TrainingAttention(topk=0.15, block_q=64, block_k=128)
+#: What servers run, by how often training sees it.
+_SERVED = {SPARSE_ON_HOPPER: 1, SPARSE: 3}
 
 
-def draw_attention(generator: random.Random, *, dense: float) -> TrainingAttention:
-    """Dense attention with that probability, else sparse in one of the geometries that servers run."""
+def draw_attention(
+    generator: random.Random, *, dense: float, sparse: Mapping[TrainingAttention, int] = _SERVED
+) -> TrainingAttention:
+    """Dense attention with probability `dense`, else one of `sparse` by how often."""
     if generator.random() < dense:
         return DENSE
-    return SPARSE_ON_HOPPER if generator.random() < 0.25 else SPARSE
+    return generator.choices(tuple(sparse), tuple(sparse.values()))[0]
 
 
 def attend(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias: Tensor | None = None, *, explicit: bool) -> Tensor:

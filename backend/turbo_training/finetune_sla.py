@@ -1,4 +1,4 @@
-"""Sparse fine-tuning: block-sparse attention with the linear branch, `proj_l` learned from zero.
+"""Sparse fine-tuning: block-sparse attention with the linear branch and its `proj_l`.
 
 The dense teacher becomes the sparse student: it sees the same noisy latents as in flow matching and learns the dense
 teacher's velocity, which is what the data's are in the mean, without their variance, and to have after each block what
@@ -10,7 +10,6 @@ fine-tunes on the data); Zhang et al., "LoLCATs", for learning from a dense netw
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from turbo_backend.nets.dit import WanDiT
-from turbo_training.attention_forward import DENSE, SPARSE, SPARSE_ON_HOPPER, TrainingAttention
+from turbo_training.attention_forward import SPARSE, SPARSE_ON_HOPPER, TrainingAttention, draw_attention
 from turbo_training.flow import draw_times, expand, velocity_of
 from turbo_training.latents import ON_SUBJECTS, LatentBank
 from turbo_training.shapes import StageShape
@@ -31,14 +30,6 @@ DENSE_SHARE = 1 / 8
 _SPARSE_SHARES = {SPARSE: 6, SPARSE_ON_HOPPER: 3, replace(SPARSE, topk=0.10): 2, replace(SPARSE, topk=0.05): 1}
 #: Weight of the blocks' differences, each relative to the variance of what the teacher has there.
 _BLOCKS = 0.2
-
-
-def _draw_attention(generator: random.Random) -> TrainingAttention:
-    """Attention as some server might run it, with fewer blocks too."""
-    if generator.random() < DENSE_SHARE:
-        return DENSE
-    (attention,) = generator.choices(tuple(_SPARSE_SHARES), tuple(_SPARSE_SHARES.values()))
-    return attention
 
 
 class SparseStage(Stage):
@@ -73,7 +64,7 @@ class SparseStage(Stage):
 
     def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
         self.set_learning_rates(self.size.learning_rate, index, progress, warmup=100)
-        attention = _draw_attention(self.generator)
+        attention = draw_attention(self.generator, dense=DENSE_SHARE, sparse=_SPARSE_SHARES)
         losses = self.recorded.run(attention, lambda: self._update(attention))
         self._ema.update(index)
         return losses

@@ -116,8 +116,10 @@ class Plan:
     def count(self, variant: Variant) -> int:
         """Prompts for a variant."""
         if variant == _DENSE:
-            return min(self.num_prompts, self.num_dense_prompts)
-        return min(self.num_prompts, self.num_compared_prompts if variant in COMPARED else self.num_variant_prompts)
+            wanted = self.num_dense_prompts
+        else:
+            wanted = self.num_compared_prompts if variant in COMPARED else self.num_variant_prompts
+        return min(self.num_prompts, wanted)
 
 
 @dataclass(slots=True)

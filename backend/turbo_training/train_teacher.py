@@ -24,7 +24,7 @@ from turbo_training.trainer import EMA, Stage
 #: Share of captions left out, so that the network knows what clips look like without any.
 DROPPED = 0.1
 #: Share of steps with dense attention.
-DENSE_SHARE = 3 / 4
+_DENSE_SHARE = 3 / 4
 
 
 class TeacherStage(Stage):
@@ -47,7 +47,7 @@ class TeacherStage(Stage):
 
     def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
         self.set_learning_rates(self.size.learning_rate, index, progress, warmup=300)
-        attention = draw_attention(self.generator, dense=DENSE_SHARE)
+        attention = draw_attention(self.generator, dense=_DENSE_SHARE)
         losses = self.recorded.run(attention, lambda: self._update(attention))
         self._ema.update(index)
         return losses
