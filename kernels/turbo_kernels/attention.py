@@ -7,23 +7,21 @@ Source: SLA paper, upstream TurboDiffusion.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from turbo_kernels.block_map import (
-    BlockMap,
-    block_map,
-    num_blocks,
-    num_selected_blocks,
-    pool_blocks_triton,
-    select_blocks,
-)
+from turbo_kernels.block_map import block_map, empty_block_map, select_blocks
 from turbo_kernels.checks import check_attention_inputs, check_float
 from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX, Fp8Rows
+from turbo_kernels.gather import Gathered, gather
 from turbo_kernels.linear_attention import linear_attention, linear_attention_reference
 from turbo_kernels.providers import is_hopper, resolve_provider
-from turbo_kernels.sage_attention import prepare_queries, sage_attention_reference, sage_attention_triton
+from turbo_kernels.qk_norm_rope import qk_norm_rope
+from turbo_kernels.qk_norm_rope_gather import qk_norm_rope_gather
+from turbo_kernels.sage_attention import sage_attention_reference, sage_attention_triton
 from turbo_kernels.spargeattn import sage_attention_spargeattn
 from turbo_kernels.sparse_attention import sparse_attention_reference, sparse_attention_triton
 from turbo_kernels.summary import summarize
@@ -73,7 +71,8 @@ def sla_attention(
     """
     provider = _check_sla(q_BLHD, k_BLHD, v_BLHD, proj_weight_DD, proj_bias_D, attention_type, provider)
     if provider == "triton":
-        return _sla_triton(q_BLHD, k_BLHD, v_BLHD, proj_weight_DD, proj_bias_D, attention_type, topk, None)
+        ready = _Ready.of(q_BLHD, k_BLHD, attention_type)
+        return _sla_triton(ready, v_BLHD, (proj_weight_DD, proj_bias_D), attention_type, topk)
     block_q, block_k = attention_geometry(attention_type, q_BLHD.device)
     pooled_by = "reference" if provider == "reference" else "triton"
     selected = block_map(q_BLHD, k_BLHD, block_q=block_q, block_k=block_k, topk=topk, provider=pooled_by)
@@ -110,11 +109,8 @@ def sagesla_attention_fp8(
     """
     arguments = q_BLHD, k_BLHD, v_BLHD, proj_weight_DD, proj_bias_D
     provider = _check_sla(*arguments, "sagesla", provider)
-    B, L, H, D = q_BLHD.shape
     if provider == "triton":
-        scale_BL = torch.empty(B, L, dtype=torch.float32, device=q_BLHD.device)
-        values = _sla_triton(*arguments, "sagesla", topk, scale_BL)
-        return Fp8Rows(values.view(B, L, H * D), scale_BL)
+        return _sagesla_triton_fp8(_Ready.of(q_BLHD, k_BLHD, "sagesla"), v_BLHD, (proj_weight_DD, proj_bias_D), topk)
     if provider != "reference":
         raise ValueError(f"provider {provider!r} does not offer sagesla attention in e4m3: one of reference, triton")
     out = sla_attention(*(x.float() for x in arguments), attention_type="sagesla", topk=topk, provider=provider)
@@ -122,7 +118,50 @@ def sagesla_attention_fp8(
     bound_BHD = v_amax_BHD + v_amax_BHD @ proj_weight_DD.float().abs().t() + proj_bias_D.float().abs()
     scale_B = bound_BHD.amax((1, 2)).clamp_min(AMAX_FLOOR) * (1.0 / FP8_MAX)
     scaled = (out.flatten(2) / scale_B[:, None, None]).clamp(-FP8_MAX, FP8_MAX)
-    return Fp8Rows(scaled.to(torch.float8_e4m3fn), scale_B[:, None].expand(B, L).contiguous())
+    return Fp8Rows(scaled.to(torch.float8_e4m3fn), scale_B[:, None].expand(scaled.shape[:2]).contiguous())
+
+
+def sla_attention_of_projections(
+    q_BLM: torch.Tensor,
+    k_BLM: torch.Tensor,
+    v_BLHD: torch.Tensor,
+    q_weight_M: torch.Tensor,
+    k_weight_M: torch.Tensor,
+    rope: torch.Tensor,
+    proj_weight_DD: torch.Tensor,
+    proj_bias_D: torch.Tensor,
+    *,
+    attention_type: str,
+    topk: float,
+    eps: float,
+    fp8: bool = False,
+    provider: str | None = None,
+) -> torch.Tensor | Fp8Rows:
+    """`qk_norm_rope`, then `sla_attention` or, with `fp8`, `sagesla_attention_fp8`, whose arguments these are.
+
+    Our kernels gather what attention needs to know of queries and keys while they norm and rotate them.
+
+    Raises:
+        ValueError: any argument that does not fit, or a provider that cannot run here.
+    """
+    if fp8 and attention_type != "sagesla":
+        raise ValueError(f"attention type {attention_type!r} is not offered in e4m3: only sagesla")
+    proj_l = proj_weight_DD, proj_bias_D
+    num_heads = v_BLHD.shape[2]
+    as_heads = [x.unflatten(-1, (num_heads, -1)) for x in (q_BLM, k_BLM)]
+    provider = _check_sla(*as_heads, v_BLHD, *proj_l, attention_type, provider)
+    projections = q_BLM, k_BLM, q_weight_M, k_weight_M, rope
+    if provider == "triton":
+        int8 = attention_type == "sagesla"
+        ready = _Ready(*qk_norm_rope_gather(*projections, num_heads=num_heads, eps=eps, int8=int8))
+        if fp8:
+            return _sagesla_triton_fp8(ready, v_BLHD, proj_l, topk)
+        return _sla_triton(ready, v_BLHD, proj_l, attention_type, topk)
+    normed_by = "reference" if provider == "reference" else "triton"
+    q_BLHD, k_BLHD = qk_norm_rope(*projections, num_heads=num_heads, eps=eps, provider=normed_by)
+    if fp8:
+        return sagesla_attention_fp8(q_BLHD, k_BLHD, v_BLHD, *proj_l, topk=topk, provider=provider)
+    return sla_attention(q_BLHD, k_BLHD, v_BLHD, *proj_l, attention_type=attention_type, topk=topk, provider=provider)
 
 
 def _check_sla(
@@ -152,35 +191,48 @@ def _check_sla(
     return resolve_provider(provider, q_BLHD.device, op=f"{attention_type} attention", available=available)
 
 
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """Queries and keys [B, L, H, D], normalised and rotated, and what was gathered of each."""
+
+    queries: torch.Tensor
+    of_queries: Gathered
+    keys: torch.Tensor
+    of_keys: Gathered
+
+    @classmethod
+    def of(cls, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, attention_type: str) -> _Ready:
+        return cls(q_BLHD, gather(q_BLHD, int8=attention_type == "sagesla"), k_BLHD, gather(k_BLHD, lse=True))
+
+
+def _sagesla_triton_fp8(
+    ready: _Ready, v_BLHD: torch.Tensor, proj_l: tuple[torch.Tensor, torch.Tensor], topk: float
+) -> Fp8Rows:
+    scale_BL = torch.empty(v_BLHD.shape[:2], dtype=torch.float32, device=v_BLHD.device)
+    return Fp8Rows(_sla_triton(ready, v_BLHD, proj_l, "sagesla", topk, scale_BL).flatten(2), scale_BL)
+
+
 def _sla_triton(
-    q_BLHD: torch.Tensor,
-    k_BLHD: torch.Tensor,
+    ready: _Ready,
     v_BLHD: torch.Tensor,
-    proj_weight_DD: torch.Tensor,
-    proj_bias_D: torch.Tensor,
+    proj_l: tuple[torch.Tensor, torch.Tensor],
     attention_type: str,
     topk: float,
-    out_scale_BL: torch.Tensor | None,
+    out_scale_BL: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One pass over k and v, one over q, selection, (quantisation,) then both branches in the attention kernel.
+    """One pass over k and v, selection, (quantisation,) then both branches in the attention kernel.
 
     proj_l goes into the [D, D] summary of the linear branch, since (phi(q) KV / n) W^T = phi(q) (KV W^T) / n.
     """
-    B, L, H, _ = q_BLHD.shape
+    q_BLHD, of_queries, k_BLHD, of_keys = ready.queries, ready.of_queries, ready.keys, ready.of_keys
+    weight_DD, bias_D = (part.contiguous() for part in proj_l)
     block_q, block_k = attention_geometry(attention_type, q_BLHD.device)
-    num_selected = num_selected_blocks(topk, num_blocks(L, block_k))
-    shape = (B, H, num_blocks(L, block_q), num_selected)
-    proj_l = proj_weight_DD.contiguous(), proj_bias_D.contiguous()
-    summary = summarize(k_BLHD, v_BLHD, block_k=block_k, linear=True, proj_l=proj_l)
+    summary = summarize(k_BLHD, v_BLHD, of_keys, block_k=block_k, linear=True, proj_l=(weight_DD, bias_D))
+    empty = empty_block_map(q_BLHD.shape, block_q, block_k, topk, q_BLHD.device)
+    selected = select_blocks(of_queries.sums, summary.pooled_k, summary.k_mean, empty, q_BLHD.shape[1])
     if attention_type == "sagesla":
-        queries = prepare_queries(q_BLHD, block_q)
-        indices = select_blocks(queries.pooled, summary.pooled_k, summary.k_mean, num_selected, shape)
-        selected = BlockMap(indices, block_q, block_k)
-        return sage_attention_triton(q_BLHD, k_BLHD, v_BLHD, selected, queries, summary, proj_bias_D, out_scale_BL)
-    pooled_q = pool_blocks_triton(q_BLHD, block_q)
-    indices = select_blocks(pooled_q, summary.pooled_k, summary.k_mean, num_selected, shape)
-    selected = BlockMap(indices, block_q, block_k)
-    return sparse_attention_triton(q_BLHD, k_BLHD, v_BLHD, selected, summary, proj_bias_D)
+        return sage_attention_triton(q_BLHD, k_BLHD, v_BLHD, selected, of_queries, summary, bias_D, out_scale_BL)
+    return sparse_attention_triton(q_BLHD, k_BLHD, v_BLHD, selected, summary, bias_D)
 
 
 def dense_attention(

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from turbo_kernels.checks import check_attention_inputs
+from turbo_kernels.gather import GROUP, gather, pool_groups
 from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
 #: Key blocks a row of scores is padded to: one compiled kernel each, whatever the length.
@@ -99,9 +100,10 @@ def block_map(
     if not 0.0 < topk <= 1.0:
         raise ValueError(f"topk is {topk}: must be in (0, 1]")
     provider = resolve_provider(provider, q_BLHD.device, op="block_map")
-    num_selected = num_selected_blocks(topk, num_blocks(q_BLHD.shape[1], block_k))
     if provider == "triton":
-        return BlockMap(_block_map_triton(q_BLHD, k_BLHD, block_q, block_k, num_selected), block_q, block_k)
+        empty = empty_block_map(q_BLHD.shape, block_q, block_k, topk, q_BLHD.device)
+        return _block_map_triton(q_BLHD, k_BLHD, empty)
+    num_selected = num_selected_blocks(topk, num_blocks(q_BLHD.shape[1], block_k))
     indices = torch.stack(
         [_select_reference(q, k, block_q, block_k, num_selected) for q, k in zip(q_BLHD, k_BLHD, strict=True)]
     )
@@ -130,73 +132,56 @@ def _select_reference(
     return order[..., :num_selected].sort(dim=-1).values.int()
 
 
-@triton.jit(do_not_specialize=["L", "num_blocks"])
+@triton.jit(do_not_specialize=["L", "num_groups", "num_blocks"])
 @no_type_check
 def pool_kernel(
-    x,
-    means,  # [BH, num_blocks, D]
-    L,
-    num_blocks,
-    stride_b,
-    stride_l,
-    stride_h,
-    H,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    i_block = tl.program_id(0)
-    i_bh = tl.program_id(1).to(tl.int64)
-    o_l = i_block * BLOCK + tl.arange(0, BLOCK)
-    o_d = tl.arange(0, D)
-    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    p_x = x + i_b * stride_b + i_h * stride_h + o_l.to(tl.int64)[:, None] * stride_l + o_d[None, :]
-    b_x = tl.load(p_x, mask=(o_l < L)[:, None], other=0.0).to(tl.float32)
-    count = tl.minimum(BLOCK, L - i_block * BLOCK).to(tl.float32)
-    tl.store(means + (i_bh * num_blocks + i_block) * D + o_d, tl.sum(b_x, 0) / count)
-
-
-@triton.jit(do_not_specialize=["L", "num_blocks"])
-@no_type_check
-def mean_of_blocks_kernel(
-    means,  # [BH, num_blocks, D]
+    sums,  # [BH, num_groups, D]
+    pooled,  # [BH, num_blocks, D]
     mean,  # [BH, D]
     L,
+    num_groups,
     num_blocks,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     i_bh = tl.program_id(0).to(tl.int64)
-    o_d = tl.arange(0, D)
     b_sum = tl.zeros([D], dtype=tl.float32)
-    for start in range(0, num_blocks, ROWS):
-        o_r = start + tl.arange(0, ROWS)
-        p_means = means + (i_bh * num_blocks + o_r)[:, None] * D + o_d[None, :]
-        b_means = tl.load(p_means, mask=(o_r < num_blocks)[:, None], other=0.0)
-        b_counts = tl.minimum(BLOCK, L - o_r * BLOCK).to(tl.float32)
-        b_sum += tl.sum(b_means * b_counts[:, None], 0)
-    tl.store(mean + i_bh * D + o_d, b_sum / L)
+    for start in range(0, L, GROUPS * GROUP):
+        b_sum += pool_groups(
+            sums, pooled, i_bh, start, start + GROUPS * GROUP, L, num_groups, num_blocks, D, BLOCK, GROUP, GROUPS
+        )
+    tl.store(mean + i_bh * D + tl.arange(0, D), b_sum / L)
 
 
-@triton.jit(do_not_specialize=["num_q_blocks", "num_k_blocks"])
+@triton.jit(do_not_specialize=["L", "num_groups", "num_q_blocks", "num_k_blocks"])
 @no_type_check
 def score_kernel(
-    pooled_q,  # [BH, num_q_blocks, D]
+    q_sums,  # [BH, num_groups, D]
     pooled_k,  # [BH, num_k_blocks, D]
     k_mean,  # [BH, D]
     scores,  # [BH, num_q_blocks, num_k_blocks]
+    L,
+    num_groups,
     num_q_blocks,
     num_k_blocks,
     D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    GROUP: tl.constexpr,
     TILE: tl.constexpr,
 ):
     i_bh = tl.program_id(2).to(tl.int64)
     o_q = tl.program_id(1) * TILE + tl.arange(0, TILE)
     o_k = tl.program_id(0) * TILE + tl.arange(0, TILE)
     o_d = tl.arange(0, D)
-    p_q = pooled_q + (i_bh * num_q_blocks + o_q)[:, None] * D + o_d[None, :]
+    b_q = tl.zeros([TILE, D], dtype=tl.float32)
+    for i in tl.static_range(BLOCK_Q // GROUP):
+        o_g = o_q * (BLOCK_Q // GROUP) + i
+        p_q = q_sums + (i_bh * num_groups + o_g)[:, None] * D + o_d[None, :]
+        b_q += tl.load(p_q, mask=(o_g < num_groups)[:, None], other=0.0)
+    b_q = b_q / tl.maximum(tl.minimum(BLOCK_Q, L - o_q * BLOCK_Q), 1).to(tl.float32)[:, None]
     p_k = pooled_k + (i_bh * num_k_blocks + o_k)[:, None] * D + o_d[None, :]
-    b_q = tl.load(p_q, mask=(o_q < num_q_blocks)[:, None], other=0.0)
     b_k = tl.load(p_k, mask=(o_k < num_k_blocks)[:, None], other=0.0)
     b_k = b_k - tl.load(k_mean + i_bh * D + o_d)[None, :]
     # Three TF32 products keep fp32's accuracy on tensor cores; plain fp32 would take 20 times as long.
@@ -245,61 +230,45 @@ def select_kernel(
 
 
 def select_blocks(
-    pooled_q: torch.Tensor, pooled_k: torch.Tensor, k_mean: torch.Tensor, num_selected: int, shape: tuple[int, ...]
-) -> torch.Tensor:
-    """Scores, then selection: int32 indices of `shape` ([B, H, num_q_blocks, num_selected])."""
-    BH, num_q_blocks, D = pooled_q.shape
-    num_k_blocks = pooled_k.shape[1]
+    q_sums: torch.Tensor, pooled_k: torch.Tensor, k_mean: torch.Tensor, block_map: BlockMap, L: int
+) -> BlockMap:
+    """Scores, then selection, from `gather`'s sums of queries and pooled keys; fills `block_map` and returns it."""
+    BH, num_groups, D = q_sums.shape
+    num_q_blocks, num_k_blocks = num_blocks(L, block_map.block_q), num_blocks(L, block_map.block_k)
     row = next((size for size in _ROW_SIZES if size >= num_k_blocks), None)
     if row is None:
         raise ValueError(f"{num_k_blocks} key blocks: at most {_ROW_SIZES[-1]} can be ranked")
-    scores = torch.empty(BH, num_q_blocks, num_k_blocks, dtype=torch.float32, device=pooled_q.device)
-    indices = torch.empty(shape, dtype=torch.int32, device=pooled_q.device)
-    with device_of(pooled_q):
+    scores = torch.empty(BH, num_q_blocks, num_k_blocks, dtype=torch.float32, device=q_sums.device)
+    with device_of(q_sums):
         score_kernel[(triton.cdiv(num_k_blocks, _SCORE_TILE), triton.cdiv(num_q_blocks, _SCORE_TILE), BH)](
-            pooled_q,
-            pooled_k,
-            k_mean,
-            scores,
-            num_q_blocks,
-            num_k_blocks,
-            D=D,
-            TILE=_SCORE_TILE,
-            num_warps=4,
-            enable_fp_fusion=FUSE_FMA,
-        )
+            q_sums, pooled_k, k_mean, scores, L, num_groups, num_q_blocks, num_k_blocks,
+            D=D, BLOCK_Q=block_map.block_q, GROUP=GROUP, TILE=_SCORE_TILE,
+            num_warps=4, enable_fp_fusion=FUSE_FMA,
+        )  # fmt: skip
         select_kernel[(BH * num_q_blocks,)](
-            scores,
-            indices,
-            num_k_blocks,
-            num_selected,
-            ROW=row,
-            num_warps=max(1, row // 1024),
-            enable_fp_fusion=FUSE_FMA,
-        )
-    return indices
+            scores, block_map.indices, num_k_blocks, block_map.num_selected,
+            ROW=row, num_warps=max(1, row // 1024), enable_fp_fusion=FUSE_FMA,
+        )  # fmt: skip
+    return block_map
 
 
-def pool_blocks_triton(x_BLHD: torch.Tensor, block: int) -> torch.Tensor:
-    """Block means by the kernel, fp32 [B * H, num_blocks, D]."""
-    B, L, H, D = x_BLHD.shape
-    blocks = num_blocks(L, block)
-    means = torch.empty(B * H, blocks, D, dtype=torch.float32, device=x_BLHD.device)
-    with device_of(x_BLHD):
-        pool_kernel[(blocks, B * H)](
-            x_BLHD, means, L, blocks, *x_BLHD.stride()[:3], H, D=D, BLOCK=block, num_warps=4, enable_fp_fusion=FUSE_FMA
-        )
-    return means
+def empty_block_map(shape_BLHD: torch.Size, block_q: int, block_k: int, topk: float, device: torch.device) -> BlockMap:
+    """Room for the blocks that `select_blocks` finds."""
+    B, L, H, _ = shape_BLHD
+    num_selected = num_selected_blocks(topk, num_blocks(L, block_k))
+    indices = torch.empty(B, H, num_blocks(L, block_q), num_selected, dtype=torch.int32, device=device)
+    return BlockMap(indices, block_q, block_k)
 
 
-def _block_map_triton(
-    q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, block_q: int, block_k: int, num_selected: int
-) -> torch.Tensor:
+def _block_map_triton(q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, block_map: BlockMap) -> BlockMap:
     B, L, H, D = q_BLHD.shape
-    pooled_q, pooled_k = pool_blocks_triton(q_BLHD, block_q), pool_blocks_triton(k_BLHD, block_k)
+    k_sums = gather(k_BLHD).sums
+    num_k_blocks = num_blocks(L, block_map.block_k)
+    pooled_k = torch.empty(B * H, num_k_blocks, D, dtype=torch.float32, device=q_BLHD.device)
     k_mean = torch.empty(B * H, D, dtype=torch.float32, device=q_BLHD.device)
     with device_of(q_BLHD):
-        mean_of_blocks_kernel[(B * H,)](
-            pooled_k, k_mean, L, pooled_k.shape[1], D=D, BLOCK=block_k, ROWS=32, num_warps=4, enable_fp_fusion=FUSE_FMA
-        )
-    return select_blocks(pooled_q, pooled_k, k_mean, num_selected, (B, H, pooled_q.shape[1], num_selected))
+        pool_kernel[(B * H,)](
+            k_sums, pooled_k, k_mean, L, k_sums.shape[1], num_k_blocks,
+            D=D, BLOCK=block_map.block_k, GROUP=GROUP, GROUPS=32, num_warps=4, enable_fp_fusion=FUSE_FMA,
+        )  # fmt: skip
+    return select_blocks(gather(q_BLHD).sums, pooled_k, k_mean, block_map, L)

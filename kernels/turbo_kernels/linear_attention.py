@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from turbo_kernels.checks import check_attention_inputs
+from turbo_kernels.gather import gather
 from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 from turbo_kernels.summary import linear_branch, summarize
 
@@ -79,7 +80,7 @@ def linear_attention_kernel(
 
 def _linear_attention_triton(q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor) -> torch.Tensor:
     B, L, H, D = q_BLHD.shape
-    summary = summarize(k_BLHD, v_BLHD, block_k=64, linear=True)
+    summary = summarize(k_BLHD, v_BLHD, gather(k_BLHD, lse=True), block_k=64, linear=True)
     out = torch.empty(B, L, H, D, dtype=q_BLHD.dtype, device=q_BLHD.device)
     with device_of(q_BLHD):
         linear_attention_kernel[(triton.cdiv(L, 64), B * H)](

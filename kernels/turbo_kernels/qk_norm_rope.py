@@ -46,11 +46,35 @@ def qk_norm_rope(
             rms_norm_rope(q_BLD, q_weight_D, rope, num_heads=num_heads, eps=eps, provider="reference"),
             rms_norm_rope(k_BLD, k_weight_D, rope, num_heads=num_heads, eps=eps, provider="reference"),
         )
+    check_projections(q_BLD, k_BLD, q_weight_D, k_weight_D, rope, num_heads)
+    B, L, D = q_BLD.shape
+    head_dim = D // num_heads
+    q_out, k_out = (torch.empty(B, L, num_heads, head_dim, dtype=q_BLD.dtype, device=q_BLD.device) for _ in range(2))
+    head, tail = row_pieces(D)
+    with device_of(q_BLD):
+        qk_norm_rope_kernel[(triton.cdiv(L, _ROWS), B, 2)](
+            q_BLD, k_BLD, q_weight_D.contiguous(), k_weight_D.contiguous(), rope.contiguous(), q_out, k_out,
+            L, D, eps, *q_BLD.stride()[:2],
+            HEAD=head, TAIL=tail, HEAD_DIM=head_dim, ROWS=_ROWS,
+            num_warps=piece_warps(head), enable_fp_fusion=FUSE_FMA,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+def check_projections(
+    q_BLD: torch.Tensor,
+    k_BLD: torch.Tensor,
+    q_weight_D: torch.Tensor,
+    k_weight_D: torch.Tensor,
+    rope: torch.Tensor,
+    num_heads: int,
+) -> None:
+    """Raise ValueError unless all fit, as `qk_norm_rope` says."""
     check_float("q", q_BLD)
     check_float("q_weight", q_weight_D)
     if q_BLD.ndim != 3 or 0 in q_BLD.shape or q_BLD.stride(-1) != 1:
         raise ValueError(f"q has shape {tuple(q_BLD.shape)}, strides {q_BLD.stride()}: must be [B, L, D], rows whole")
-    B, L, D = q_BLD.shape
+    _, L, D = q_BLD.shape
     if (k_BLD.shape, k_BLD.dtype, k_BLD.stride(), k_BLD.device) != (
         q_BLD.shape,
         q_BLD.dtype,
@@ -72,21 +96,11 @@ def qk_norm_rope(
             f"rope is {rope.dtype} {tuple(rope.shape)} on {rope.device}: "
             f"must be torch.float32 {(L, head_dim // 2, 2)} on {q_BLD.device}"
         )
-    q_out, k_out = (torch.empty(B, L, num_heads, head_dim, dtype=q_BLD.dtype, device=q_BLD.device) for _ in range(2))
-    head, tail = row_pieces(D)
-    with device_of(q_BLD):
-        qk_norm_rope_kernel[(triton.cdiv(L, _ROWS), B, 2)](
-            q_BLD, k_BLD, q_weight_D.contiguous(), k_weight_D.contiguous(), rope.contiguous(), q_out, k_out,
-            L, D, eps, *q_BLD.stride()[:2],
-            HEAD=head, TAIL=tail, HEAD_DIM=head_dim, ROWS=_ROWS,
-            num_warps=piece_warps(head), enable_fp_fusion=FUSE_FMA,
-        )  # fmt: skip
-    return q_out, k_out
 
 
 @triton.jit
 @no_type_check
-def _rotate(b_y, p_rope, o_d, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr):
+def rotate(b_y, p_rope, o_d, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr):
     """Turn neighbouring pairs; (cos, sin) lie in a row of the table as (even, odd) do in a head."""
     even, odd = tl.split(tl.reshape(b_y, [SIZE // 2, 2]))
     cos, sin = tl.split(tl.reshape(tl.load(p_rope + o_d % HEAD_DIM), [SIZE // 2, 2]))
@@ -130,8 +144,8 @@ def qk_norm_rope_kernel(
         b_1 = tl.load(p_x + o_1, mask=in_1, other=0.0).to(tl.float32)
         rstd = 1.0 / tl.sqrt((tl.sum(b_0 * b_0, 0) + tl.sum(b_1 * b_1, 0)) / D + eps)
         p_rope = rope + i_l * HEAD_DIM
-        b_0 = _rotate(b_0 * rstd * w_0, p_rope, o_0, HEAD_DIM, HEAD)
-        b_1 = _rotate(b_1 * rstd * w_1, p_rope, o_1, HEAD_DIM, TAIL)
+        b_0 = rotate(b_0 * rstd * w_0, p_rope, o_0, HEAD_DIM, HEAD)
+        b_1 = rotate(b_1 * rstd * w_1, p_rope, o_1, HEAD_DIM, TAIL)
         p_out = out + (i_b * L + i_l) * D
         tl.store(p_out + o_0, b_0.to(out.dtype.element_ty))
         tl.store(p_out + o_1, b_1.to(out.dtype.element_ty), mask=in_1)

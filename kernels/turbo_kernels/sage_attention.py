@@ -1,7 +1,7 @@
 """Block-sparse attention with 8-bit products: the sparse branch of `sagesla`.
 
     k~      = k - mean_L(k)                                    softmax does not see the difference
-    q8, k8  = round(x * (1 / s)), s = amax/127 + 1e-7          int8, one scale a (head, block); halves away from zero
+    q8, k8  = round(x * (1 / s)), s = amax/127 + 1e-7          int8, a scale a (head, token) of q, a (head, block) of k
     S       = (q8 k8^T)_int32 * s_q s_k / sqrt(D)
     P       = exp(S - running row max)                         kept as P * P_MAX in the 8-bit (or 16-bit) format
     v8      = v * (1 / s_v), s_v = amax_L(|v|) / V_MAX               one scale a (head, channel)
@@ -16,7 +16,6 @@ Source: SageAttention2, SLA paper, upstream TurboDiffusion (sagesla).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, no_type_check
 
 import torch
@@ -26,6 +25,7 @@ import triton.language as tl
 from turbo_kernels.block_map import BlockMap, check_block_map, num_blocks
 from turbo_kernels.checks import check_attention_inputs
 from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX
+from turbo_kernels.gather import SCALE_FLOOR, Gathered, gather, round_int8
 from turbo_kernels.linear_attention import DENOMINATOR_FLOOR
 from turbo_kernels.providers import (
     FUSE_FMA,
@@ -43,7 +43,6 @@ from turbo_kernels.summary import V_AMAX_FLOOR, V_MAX, Summary, linear_branch, s
 
 #: P reaches 1 and e4m3 448: scaled so, it keeps the most of its bits.
 P_MAX_FP8 = 448.0
-SCALE_FLOOR = 1e-7
 #: 1.5 * 2^23 and its bits. An integer S of less than 2^22 added to the bits makes them those of SHIFT + S.
 SHIFT = tl.constexpr(12582912.0)  # type: ignore[no-untyped-call]
 SHIFT_BITS = tl.constexpr(0x4B400000)  # type: ignore[no-untyped-call]
@@ -71,19 +70,17 @@ def sage_attention(
         provider, q_BLHD.device, op="sage_attention", available=("reference", "triton", "spargeattn")
     )
     if provider == "triton":
-        summary = summarize(k_BLHD, v_BLHD, block_k=block_map.block_k, linear=False)
-        queries = prepare_queries(q_BLHD, block_map.block_q)
-        return sage_attention_triton(q_BLHD, k_BLHD, v_BLHD, block_map, queries, summary)
+        summary = summarize(k_BLHD, v_BLHD, gather(k_BLHD), block_k=block_map.block_k, linear=False)
+        return sage_attention_triton(q_BLHD, k_BLHD, v_BLHD, block_map, gather(q_BLHD, int8=True), summary)
     if provider == "spargeattn":
         return sage_attention_spargeattn(q_BLHD, k_BLHD, v_BLHD, block_map)
     return sage_attention_reference(q_BLHD, k_BLHD, v_BLHD, block_map).to(q_BLHD.dtype)
 
 
-def quantize_blocks_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 of [num_blocks, block, D] with one scale a block; values stay in fp32 for exact products."""
-    scale = x.abs().amax(dim=(1, 2), keepdim=True) * (1.0 / 127.0) + SCALE_FLOOR
-    scaled = x * (1.0 / scale)
-    return torch.trunc(scaled + 0.5 * scaled.sign()), scale
+def quantize_int8_reference(x: torch.Tensor, dim: int | tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 with one scale for all of `dim`, halves to even; values stay in fp32 for exact products."""
+    scale = x.abs().amax(dim=dim, keepdim=True) * (1.0 / 127.0) + SCALE_FLOOR
+    return torch.round(x * (1.0 / scale)), scale
 
 
 def sage_attention_reference(
@@ -111,8 +108,8 @@ def sage_attention_reference(
             indices = block_map.indices[b, h].long()
             k_LD = k_BLHD[b, :, h].float()
             v_LD = v_BLHD[b, :, h].float()
-            q8, q_scale = quantize_blocks_reference(split_blocks(q_BLHD[b, :, h], block_map.block_q))
-            k8, k_scale = quantize_blocks_reference(split_blocks(k_LD - k_LD.mean(0), block_map.block_k))
+            q8, q_scale = quantize_int8_reference(split_blocks(q_BLHD[b, :, h], block_map.block_q), -1)
+            k8, k_scale = quantize_int8_reference(split_blocks(k_LD - k_LD.mean(0), block_map.block_k), (1, 2))
             v_scale = v_LD.abs().amax(0).clamp_min(V_AMAX_FLOOR) * (1.0 / V_MAX)
             v8 = split_blocks((v_LD * (1.0 / v_scale)).to(pv_dtype), block_map.block_k)
 
@@ -134,62 +131,12 @@ def sage_attention_reference(
     return out_BLHD
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedQueries:
-    """Queries as the kernel reads them, padded to whole blocks; B and H flattened into BH.
-
-    Attributes:
-        pooled: fp32 [BH, num_q_blocks, D], block means.
-        int8: [BH, num_q_blocks * block_q, D].
-        scale: fp32 [BH, num_q_blocks].
-    """
-
-    pooled: torch.Tensor
-    int8: torch.Tensor
-    scale: torch.Tensor
-
-
 @triton.jit
 @no_type_check
 def quantize_tile(b_x, scale_floor):
-    """int8 values (halves away from zero) and scale of one tile."""
+    """int8 values and scale of one tile."""
     scale = tl.max(tl.max(tl.abs(b_x), 1), 0) * (1.0 / 127.0) + scale_floor
-    b_scaled = b_x * tl.div_rn(1.0, scale)
-    b_half = tl.where(b_scaled < 0.0, -0.5, 0.5)
-    return (b_scaled + b_half).to(tl.int8), scale  # the cast drops the fraction, towards zero
-
-
-@triton.jit(do_not_specialize=["L", "num_blocks"])
-@no_type_check
-def prepare_queries_kernel(
-    q,
-    pooled,  # [BH, num_blocks, D]
-    q8,  # [BH, num_blocks * BLOCK, D]
-    q_scale,  # [BH, num_blocks]
-    L,
-    num_blocks,
-    scale_floor,
-    stride_b,
-    stride_l,
-    stride_h,
-    H,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    i_block = tl.program_id(0)
-    i_bh = tl.program_id(1).to(tl.int64)
-    i_row = i_bh * num_blocks + i_block
-    o_r = tl.arange(0, BLOCK)
-    o_d = tl.arange(0, D)
-    o_l = (i_block * BLOCK + o_r).to(tl.int64)
-    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    p_q = q + i_b * stride_b + i_h * stride_h + o_l[:, None] * stride_l + o_d[None, :]
-    b_q = tl.load(p_q, mask=(o_l < L)[:, None], other=0.0).to(tl.float32)
-    count = tl.minimum(BLOCK, L - i_block * BLOCK).to(tl.float32)
-    tl.store(pooled + i_row * D + o_d, tl.sum(b_q, 0) / count)
-    b_q8, scale = quantize_tile(b_q, scale_floor)
-    tl.store(q8 + (i_row * BLOCK + o_r)[:, None] * D + o_d[None, :], b_q8)
-    tl.store(q_scale + i_row, scale)
+    return round_int8(b_x * tl.div_rn(1.0, scale)), scale
 
 
 @triton.jit(do_not_specialize=["L", "num_blocks"])
@@ -262,11 +209,11 @@ def _attend(
         shift = SHIFT * scale
         offset = shift + (tl.maximum(row_max, tile_max * scale) - log2_p_max)
         new_max = (offset - shift) + log2_p_max
-        b_scale = tl.broadcast_to(scale, b_shifted.shape)
+        b_scale = tl.broadcast_to(scale[:, None], b_shifted.shape)
         b_s = tl.fma(b_shifted, b_scale, tl.broadcast_to(-offset[:, None], b_shifted.shape))
     else:
         new_max = tl.maximum(row_max, tile_max * scale)
-        b_s = (b_shifted - SHIFT) * scale - (new_max - log2_p_max)[:, None]
+        b_s = (b_shifted - SHIFT) * scale[:, None] - (new_max - log2_p_max)[:, None]
     b_p = tl.exp2(b_s)
     shrink = tl.exp2(row_max - new_max)
     row_sum = row_sum * shrink + tl.sum(b_p, 1)
@@ -279,12 +226,12 @@ def _attend(
     return new_max, row_sum, acc
 
 
-@triton.jit(do_not_specialize=["L", "num_q_blocks", "num_k_blocks", "num_selected", "floor", "log2_p_max"])
+@triton.jit(do_not_specialize=["L", "padded", "num_q_blocks", "num_k_blocks", "num_selected", "floor", "log2_p_max"])
 @no_type_check
 def sage_attention_kernel(
     q,  # [B, L, H, D], LINEAR only
-    q8,  # [BH, num_q_blocks * BLOCK_Q, D]
-    q_scale,  # [BH, num_q_blocks]
+    q8,  # [BH, padded, D]
+    q_scale,  # [BH, padded]
     k8,  # [BH * num_k_blocks * BLOCK_K, D]: pointer, or descriptor of [BLOCK_K, D] tiles
     k_scale,  # [BH * num_k_blocks]
     v8,  # [BH * num_k_blocks * D, BLOCK_K]: pointer, or descriptor of [D, BLOCK_K] tiles
@@ -297,6 +244,7 @@ def sage_attention_kernel(
     out_bound,  # [BH], QUANTIZE only
     out_scale,  # [B, L], QUANTIZE only
     L,
+    padded,
     num_q_blocks,
     num_k_blocks,
     num_selected,
@@ -320,13 +268,13 @@ def sage_attention_kernel(
 ):
     i_q = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
-    i_row = i_bh * num_q_blocks + i_q
     o_r = tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, D)
-    b_q8 = tl.load(q8 + (i_row * BLOCK_Q + o_r)[:, None] * D + o_d[None, :])
-    b_q_scale = tl.load(q_scale + i_row) * scale
+    o_row = i_bh * padded + i_q * BLOCK_Q + o_r
+    b_q8 = tl.load(q8 + o_row[:, None] * D + o_d[None, :])
+    b_q_scale = tl.load(q_scale + o_row, mask=i_q * BLOCK_Q + o_r < L, other=1.0) * scale
     first_tile = tl.program_id(1) * num_k_blocks
-    p_index = indices + i_row * num_selected
+    p_index = indices + (i_bh * num_q_blocks + i_q) * num_selected
     row_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
@@ -369,28 +317,12 @@ def sage_attention_kernel(
     tl.store(p_out, acc.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-def prepare_queries(q_BLHD: torch.Tensor, block_q: int) -> PreparedQueries:
-    """Pool and quantise queries in one pass."""
-    B, L, H, D = q_BLHD.shape
-    blocks = num_blocks(L, block_q)
-    pooled = torch.empty(B * H, blocks, D, dtype=torch.float32, device=q_BLHD.device)
-    q8 = torch.empty(B * H, blocks * block_q, D, dtype=torch.int8, device=q_BLHD.device)
-    q_scale = torch.empty(B * H, blocks, dtype=torch.float32, device=q_BLHD.device)
-    with device_of(q_BLHD):
-        # No contraction into FMA where a value is rounded to 8 bits: the reference has none.
-        prepare_queries_kernel[(blocks, B * H)](
-            q_BLHD, pooled, q8, q_scale, L, blocks, SCALE_FLOOR, *q_BLHD.stride()[:3], H,
-            D=D, BLOCK=block_q, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    return PreparedQueries(pooled, q8, q_scale)
-
-
 def sage_attention_triton(
     q_BLHD: torch.Tensor,
     k_BLHD: torch.Tensor,
     v_BLHD: torch.Tensor,
     block_map: BlockMap,
-    queries: PreparedQueries,
+    of_queries: Gathered,
     summary: Summary,
     proj_bias_D: torch.Tensor | None = None,
     out_scale_BL: torch.Tensor | None = None,
@@ -398,6 +330,7 @@ def sage_attention_triton(
     """Quantise keys and values, then attend; [B, L, H, D].
 
     Args:
+        of_queries: with 8-bit values.
         proj_bias_D: proj_l's bias (its weight folded into summary.kv): the linear branch is added before rounding.
         out_scale_BL: fp32, with proj_bias_D alone: asks for the output in e4m3, and is filled with its scales.
     """
@@ -424,10 +357,11 @@ def sage_attention_triton(
         )  # fmt: skip
         keys, values = (tile_descriptors(k8), tile_descriptors(v8)) if descriptors else (k8, v8)
         sage_attention_kernel[(num_q_blocks, B * H)](
-            q_BLHD, queries.int8, queries.scale, keys, k_scale, values, summary.v_scale, block_map.indices,
-            *linear, out, *rounding, L, num_q_blocks, num_k_blocks, block_map.num_selected, DENOMINATOR_FLOOR / L,
-            D**-0.5 * math.log2(math.e), math.log2(P_MAX_FP8) if fp8 else 0.0, AMAX_FLOOR, FP8_MAX,
-            *q_BLHD.stride()[:3], H, HEADS=triton.next_power_of_2(H),
+            q_BLHD, of_queries.int8, of_queries.scale, keys, k_scale, values, summary.v_scale,
+            block_map.indices, *linear, out, *rounding,
+            L, of_queries.padded, num_q_blocks, num_k_blocks, block_map.num_selected,
+            DENOMINATOR_FLOOR / L, D**-0.5 * math.log2(math.e), math.log2(P_MAX_FP8) if fp8 else 0.0,
+            AMAX_FLOOR, FP8_MAX, *q_BLHD.stride()[:3], H, HEADS=triton.next_power_of_2(H),
             D=D, BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=proj_bias_D is not None, QUANTIZE=quantize,
             DESCRIPTORS=descriptors,
             AHEAD=is_hopper(device),  # triton 3.9 cannot pipeline a carried index for Blackwell

@@ -1,7 +1,7 @@
 """Cross-attention of video tokens to one short text, with the RMSNorm of the queries.
 
-    q'  = q / sqrt(mean(q^2) + eps) * weight                 over all heads together
-    o   = softmax(q' k^T / sqrt(D) + [0, ..., 0, ln n]) v     n: how many equal keys the last one stands for
+    r   = 1 / sqrt(mean(q^2) + eps)                                       over all heads together
+    o   = softmax(r q (weight k)^T / sqrt(D) + [0, ..., 0, ln n]) v       n: how many equal keys the last one stands for
     out = o, or e4m3(o / scale) with scale = max|v| / 448
 
 o is a mean of values, so max|v| bounds it and no row needs its own maximum: the bound lies a few binades above the
@@ -23,9 +23,10 @@ from turbo_kernels.checks import HEAD_DIMS, check_float
 from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX, Fp8Rows, row_pieces
 from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
-_BLOCK_Q, _BLOCK_S = 128, 64
-#: Registers a thread, so that two programs share a multiprocessor.
-_REGISTERS = 128
+_BLOCK_S = 64
+#: Of a text that fits into one block, which a program then keeps, and of a longer one: queries in a block, blocks of a
+#: program, and registers a thread (of a longer one so that two programs share a multiprocessor).
+_SHORT, _LONG = (64, 8, None), (128, 1, 128)
 #: Values of the heads of its rows that a program of the norm takes.
 _VALUES = 4096
 
@@ -131,24 +132,17 @@ def text_attention(
 
 @triton.jit
 @no_type_check
-def _attend(
-    b_q, k, v, start, S, i_h, H, row_max, row_sum, acc, scale, last_logit, D: tl.constexpr, BLOCK_S: tl.constexpr
-):
-    """Take one block of the text into the running softmax."""
+def _load_text(k, v, weight, start, S, last_logit, i_h, H, D: tl.constexpr, BLOCK_S: tl.constexpr):
+    """One block of a head's text: keys with the queries' weight in them, values, and what is added to the logits."""
     o_s = start + tl.arange(0, BLOCK_S)
     in_text = o_s < S
-    o_kv = o_s[:, None] * (H * D) + i_h * D + tl.arange(0, D)[None, :]
+    o_m = i_h * D + tl.arange(0, D)
+    o_kv = o_s[:, None] * (H * D) + o_m[None, :]
     b_k = tl.load(k + o_kv, mask=in_text[:, None], other=0.0)  # [BLOCK_S, D]
     b_v = tl.load(v + o_kv, mask=in_text[:, None], other=0.0)  # [BLOCK_S, D]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # in units of log 2
-    b_s += tl.where(o_s == S - 1, last_logit, 0.0)[None, :]
-    b_s = tl.where(in_text[None, :], b_s, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(b_s, 1))
-    b_p = tl.exp2(b_s - new_max[:, None])
-    shrink = tl.exp2(row_max - new_max)
-    row_sum = row_sum * shrink + tl.sum(b_p, 1)
-    acc = tl.dot(b_p.to(b_v.dtype), b_v, acc * shrink[:, None], input_precision="ieee")
-    return new_max, row_sum, acc
+    b_k = (b_k.to(tl.float32) * tl.load(weight + o_m).to(tl.float32)[None, :]).to(b_v.dtype)
+    b_bias = tl.where(in_text, tl.where(o_s == S - 1, last_logit, 0.0), float("-inf"))
+    return b_k, b_v, b_bias
 
 
 @triton.jit(do_not_specialize=["L"])
@@ -198,37 +192,49 @@ def text_attention_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    TILES: tl.constexpr,  # blocks of queries of a program
     QUANTIZE: tl.constexpr,
 ):
     # Programs of the same queries are neighbours: together they read whole rows.
     i_h = tl.program_id(0)
-    o_l = (tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
     o_m = i_h * D + tl.arange(0, D)
-    in_l = o_l < L
-    inside = in_l[:, None]
-    b_q = tl.load(q + o_l[:, None] * stride_ql + o_m[None, :], mask=inside, other=0.0).to(tl.float32)
-    b_rstd = tl.load(rstd + o_l, mask=in_l, other=0.0)
-    b_weight = tl.load(weight + o_m).to(tl.float32)
-    b_q = (b_q * b_rstd[:, None] * b_weight[None, :]).to(q.dtype.element_ty)
     S = tl.load(text_rows)
     last_logit = tl.load(text_last)
-    row_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
     if ONE_BLOCK:
-        row_max, row_sum, acc = _attend(b_q, k, v, 0, S, i_h, H, row_max, row_sum, acc, scale, last_logit, D, BLOCK_S)
-    else:
-        for start in range(0, S, BLOCK_S):
-            row_max, row_sum, acc = _attend(
-                b_q, k, v, start, S, i_h, H, row_max, row_sum, acc, scale, last_logit, D, BLOCK_S
-            )
-    acc = acc * (1.0 / row_sum)[:, None]
+        b_k, b_v, b_bias = _load_text(k, v, weight, 0, S, last_logit, i_h, H, D, BLOCK_S)
     if QUANTIZE:
         row_scale = tl.maximum(tl.load(value_amax), amax_floor) * (1.0 / fp8_max)
-        acc = tl.minimum(tl.maximum(acc * (1.0 / row_scale), -fp8_max), fp8_max)
-        if i_h == 0:
-            tl.store(out_scale + o_l, tl.broadcast_to(row_scale, [BLOCK_Q]), mask=in_l)
-    tl.store(out + o_l[:, None] * (H * D) + o_m[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    first = tl.program_id(1) * (TILES * BLOCK_Q)
+    for start in range(first, tl.minimum(first + TILES * BLOCK_Q, L), BLOCK_Q):
+        o_l = (start + tl.arange(0, BLOCK_Q)).to(tl.int64)
+        in_l = o_l < L
+        b_q = tl.load(q + o_l[:, None] * stride_ql + o_m[None, :], mask=in_l[:, None], other=0.0)
+        # The norm is a factor a row, and its weight lies in the keys: queries go to the tensor cores as they are.
+        b_factor = tl.load(rstd + o_l, mask=in_l, other=0.0) * scale  # logits in units of log 2
+        if ONE_BLOCK:
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_factor[:, None] + b_bias[None, :]
+            b_p = tl.exp2(b_s - tl.max(b_s, 1)[:, None])
+            row_sum = tl.sum(b_p, 1)
+            acc = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+        else:
+            row_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+            row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+            acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
+            for i_s in range(0, S, BLOCK_S):
+                b_k, b_v, b_bias = _load_text(k, v, weight, i_s, S, last_logit, i_h, H, D, BLOCK_S)
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_factor[:, None] + b_bias[None, :]
+                new_max = tl.maximum(row_max, tl.max(b_s, 1))
+                b_p = tl.exp2(b_s - new_max[:, None])
+                shrink = tl.exp2(row_max - new_max)
+                row_sum = row_sum * shrink + tl.sum(b_p, 1)
+                acc = tl.dot(b_p.to(b_v.dtype), b_v, acc * shrink[:, None], input_precision="ieee")
+                row_max = new_max
+        acc = acc * (1.0 / row_sum)[:, None]
+        if QUANTIZE:
+            acc = tl.minimum(tl.maximum(acc * (1.0 / row_scale), -fp8_max), fp8_max)
+            if i_h == 0:
+                tl.store(out_scale + o_l, tl.broadcast_to(row_scale, [BLOCK_Q]), mask=in_l)
+        tl.store(out + o_l[:, None] * (H * D) + o_m[None, :], acc.to(out.dtype.element_ty), mask=in_l[:, None])
 
 
 def _text_attention_triton(
@@ -249,15 +255,16 @@ def _text_attention_triton(
     head, tail = row_pieces(M)
     rows = max(_VALUES // head, 1)
     one_block = rows_compiled_for(text.most)
+    block_q, tiles, registers = _LONG if one_block is None else _SHORT
     with device_of(q_LM):
         query_rstd_kernel[(triton.cdiv(L, rows),)](
             q_LM, rstd, L, M, eps, q_LM.stride(0), HEAD=head, TAIL=tail, ROWS=rows,
             num_warps=8 if rows == 1 else 4, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
-        text_attention_kernel[(H, triton.cdiv(L, _BLOCK_Q))](
+        text_attention_kernel[(H, triton.cdiv(L, block_q * tiles))](
             q_LM, rstd, q_weight_M.contiguous(), k_SHD, v_SHD, q_LM if value_amax is None else value_amax, out,
             out_scale, text.count, text.last_log2, L, D**-0.5 * math.log2(math.e), AMAX_FLOOR, FP8_MAX, q_LM.stride(0),
-            H, D=D, BLOCK_Q=_BLOCK_Q, BLOCK_S=one_block or _BLOCK_S, ONE_BLOCK=one_block is not None, QUANTIZE=quantize,
-            num_warps=8, num_stages=2, maxnreg=_REGISTERS, enable_fp_fusion=FUSE_FMA,
+            H, D=D, BLOCK_Q=block_q, BLOCK_S=one_block or _BLOCK_S, ONE_BLOCK=one_block is not None, TILES=tiles,
+            QUANTIZE=quantize, num_warps=block_q // 16, num_stages=2, maxnreg=registers, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return Fp8Rows(out, out_scale) if quantize else out

@@ -18,8 +18,9 @@ from turbo_backend.config import DiTConfig
 from turbo_backend.errors import InvalidArgument
 from turbo_backend.quantization import apply_linear
 from turbo_kernels import dense_attention, rms_norm_rope, sla_attention
-from turbo_kernels.attention import sagesla_attention_fp8
+from turbo_kernels.attention import sla_attention_of_projections
 from turbo_kernels.fp8_linear import Fp8Rows
+from turbo_kernels.qk_norm_rope import qk_norm_rope
 from turbo_kernels.text_attention import TextRows
 
 ATTENTION_TYPES = ("original", "sla", "sagesla")
@@ -203,9 +204,7 @@ class SelfAttention(_Attention):
         """Attention of the chosen type on normalised, rotated queries and keys."""
         if attention.attention_type == "original":
             return dense_attention(q_BLHD, k_BLHD, v_BLHD, provider=attention.op_provider)
-        if self.attn_op is None:
-            raise InvalidArgument("ATTENTION_TYPE", attention.attention_type, "original: this network has no proj_l")
-        proj_l = self.attn_op.local_attn.proj_l
+        proj_l = self._proj_l(attention)
         return sla_attention(
             q_BLHD,
             k_BLHD,
@@ -217,20 +216,47 @@ class SelfAttention(_Attention):
             provider=attention.provider,
         )
 
-    def attends_fp8(self, attention: AttentionSettings) -> bool:
-        """Whether `attend_fp8` is there for these settings: `sagesla` by our kernels."""
-        has_proj_l = self.attn_op is not None
-        return has_proj_l and attention.attention_type == "sagesla" and attention.provider != "spargeattn"
+    def attend_projections(
+        self,
+        q_BLM: torch.Tensor,
+        k_BLM: torch.Tensor,
+        v_BLHD: torch.Tensor,
+        rope: torch.Tensor,
+        attention: AttentionSettings,
+        *,
+        fp8: bool,
+    ) -> torch.Tensor | Fp8Rows:
+        """Norm, rotation and `attend` in the fewest passes; [B, L, M], as e4m3 rows where asked for and offered.
 
-    def attend_fp8(
-        self, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor, attention: AttentionSettings
-    ) -> Fp8Rows:
-        """`attend` as e4m3 rows [B, L, M], for an output projection that multiplies them."""
-        assert self.attn_op is not None
-        proj_l = self.attn_op.local_attn.proj_l
-        return sagesla_attention_fp8(
-            q_BLHD, k_BLHD, v_BLHD, proj_l.weight, proj_l.bias, topk=attention.sla_topk, provider=attention.provider
+        Our kernels offer them as `sagesla`.
+        """
+        weights = self.norm_q.weight, self.norm_k.weight
+        if attention.attention_type == "original":
+            q_BLHD, k_BLHD = qk_norm_rope(
+                q_BLM, k_BLM, *weights, rope, num_heads=self.num_heads, eps=self.eps, provider=attention.op_provider
+            )
+            return self.attend(q_BLHD, k_BLHD, v_BLHD, attention).flatten(-2)
+        proj_l = self._proj_l(attention)
+        out = sla_attention_of_projections(
+            q_BLM,
+            k_BLM,
+            v_BLHD,
+            *weights,
+            rope,
+            proj_l.weight,
+            proj_l.bias,
+            attention_type=attention.attention_type,
+            topk=attention.sla_topk,
+            eps=self.eps,
+            fp8=fp8 and attention.attention_type == "sagesla" and attention.provider != "spargeattn",
+            provider=attention.provider,
         )
+        return out if isinstance(out, Fp8Rows) else out.flatten(-2)
+
+    def _proj_l(self, attention: AttentionSettings) -> nn.Linear:
+        if self.attn_op is None:
+            raise InvalidArgument("ATTENTION_TYPE", attention.attention_type, "original: this network has no proj_l")
+        return self.attn_op.local_attn.proj_l
 
 
 class CrossAttention(_Attention):

@@ -1,7 +1,8 @@
 """A transformer block as a GPU runs it: the formulas of `block.Block` in the fewest passes over memory.
 
     norm, modulation and 8-bit rounding ride on the addition of the branch before     (`residual_norm`)
-    q, k, v              one product; norm and rotation of q and k in one kernel       (`qk_norm_rope`)
+    q, k, v              one product; norm and rotation of q and k, and what attention
+                         needs to know of them, in one kernel                          (`qk_norm_rope_gather`)
     self-attention       both branches and, as `sagesla`, 8-bit rounding in one kernel (`sagesla_attention_fp8`)
     cross-attention      softmax and 8-bit rounding in one kernel                      (`text_attention`)
     GELU                 in the epilogue of its product, its 8-bit rounding too where cuBLASLt offers that
@@ -24,7 +25,6 @@ from turbo_backend.nets.block import Block
 from turbo_backend.quantization import Fp8Linear, LinearWeights
 from turbo_kernels.fp8_gelu_linear import Fp8Samples, ffn_bounds, fp8_gelu_linear
 from turbo_kernels.fp8_linear import Fp8Rows, quantize_fp8_rows
-from turbo_kernels.qk_norm_rope import qk_norm_rope
 from turbo_kernels.residual_norm import residual_norm
 from turbo_kernels.text_attention import text_attention
 
@@ -133,14 +133,7 @@ def _attend_to_video(
     else:
         q, k, v = joint.multiply(h, provider=provider).chunk(3, dim=-1)
     v_BLHD = v.view(*v.shape[:-1], attn.num_heads, -1)
-    q_BLHD, k_BLHD = qk_norm_rope(
-        q, k, attn.norm_q.weight, attn.norm_k.weight, rope, num_heads=attn.num_heads, eps=attn.eps, provider=provider
-    )
-    out_BLM: Activations
-    if isinstance(attn.o, Fp8Linear) and attn.attends_fp8(attention):
-        out_BLM = attn.attend_fp8(q_BLHD, k_BLHD, v_BLHD, attention)
-    else:
-        out_BLM = attn.attend(q_BLHD, k_BLHD, v_BLHD, attention).flatten(-2)
+    out_BLM = attn.attend_projections(q, k, v_BLHD, rope, attention, fp8=isinstance(attn.o, Fp8Linear))
     return LinearWeights.of(attn.o).multiply(out_BLM, provider=provider)
 
 
