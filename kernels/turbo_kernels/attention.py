@@ -148,8 +148,8 @@ def sla_attention_of_projections(
         raise ValueError(f"attention type {attention_type!r} is not offered in e4m3: only sagesla")
     proj_l = proj_weight_DD, proj_bias_D
     num_heads = v_BLHD.shape[2]
-    as_heads = [x.unflatten(-1, (num_heads, -1)) for x in (q_BLM, k_BLM)]
-    provider = _check_sla(*as_heads, v_BLHD, *proj_l, attention_type, provider)
+    q_heads, k_heads = (x.view(*x.shape[:-1], num_heads, -1) for x in (q_BLM, k_BLM))
+    provider = _check_sla(q_heads, k_heads, v_BLHD, *proj_l, attention_type, provider)
     projections = q_BLM, k_BLM, q_weight_M, k_weight_M, rope
     if provider == "triton":
         int8 = attention_type == "sagesla"

@@ -24,6 +24,7 @@ from turbo_kernels.attention import (
     dense_attention,
     sagesla_attention_fp8,
     sla_attention,
+    sla_attention_of_projections,
 )
 from turbo_kernels.block_map import BlockMap, block_map, pool_blocks_reference
 from turbo_kernels.fp8_gelu_linear import Fp8Samples, fp8_gelu_linear, multiplies_gelu_fp8
@@ -229,6 +230,8 @@ def check_block(ops: OpErrors) -> None:
         torch.stack(exact_qk),
     )
 
+    _check_projections(ops, q, k, rope)
+
     text = q[0], q_weight, ops.draw(77, HEADS, D), ops.draw(77, HEADS, D)
 
     def attend(*tensors: torch.Tensor, by: str = provider, value_amax: torch.Tensor | None = None) -> torch.Tensor:
@@ -251,3 +254,33 @@ def check_block(ops: OpErrors) -> None:
     value_amax = text[3].abs().amax().float()
     ops.check("residual_norm in e4m3", 0.06, normalise_fp8, exact_h)
     ops.check("text_attention in e4m3", 0.06, lambda: attend(*text, value_amax=value_amax), exact)
+
+
+def _check_projections(ops: OpErrors, q: torch.Tensor, k: torch.Tensor, rope: torch.Tensor) -> None:
+    """Attention from projections on, over all blocks: so no choice of blocks is part of the error."""
+    M, D, provider = ops.model_dim, ops.head_dim, ops.provider
+    rope = F.normalize(rope, dim=-1)  # rotations: what they do not lengthen, 8 bits hold as well as other values
+    weights = 1 + 0.1 * ops.draw(M), 1 + 0.1 * ops.draw(M)
+    v, proj_weight, proj_bias = ops.draw(2, LENGTH, HEADS, D), ops.draw(D, D) / D**0.5, 0.1 * ops.draw(D)
+    exact_q, exact_k = (
+        rms_norm_rope(part.float(), weight.float(), rope, num_heads=HEADS, eps=_EPS, provider="reference")
+        for part, weight in zip((q, k), weights, strict=True)
+    )
+    everything = block_map(exact_q, exact_k, block_q=128, block_k=64, topk=1.0, provider="reference")
+    linear = linear_attention_reference(exact_q, exact_k, v.float())
+    exact = sparse_attention_reference(exact_q, exact_k, v.float(), everything)
+    exact += F.linear(linear, proj_weight.float(), proj_bias.float())
+
+    def attend(attention_type: str, fp8: bool = False) -> torch.Tensor:
+        arguments = q, k, v, *weights, rope, proj_weight, proj_bias
+        out = sla_attention_of_projections(
+            *arguments, attention_type=attention_type, topk=1.0, eps=_EPS, fp8=fp8, provider=provider
+        )
+        return out.dequantize() if isinstance(out, Fp8Rows) else out
+
+    quantized = 0.08 if has_fp8(ops.device) else 0.03
+    ops.check("attention of projections, sla", ops.rounding, lambda: attend("sla"), exact)
+    ops.check("attention of projections, sagesla", quantized, lambda: attend("sagesla"), exact)
+    if _has_e4m3(ops):
+        in_fp8 = "attention of projections, sagesla in e4m3"
+        ops.check(in_fp8, 0.10, lambda: attend("sagesla", fp8=True), exact.flatten(2))

@@ -203,8 +203,8 @@ def reduce_chunks_kernel(
 def linear_branch(b_q, inside, b_kv, phi_sum, i_bh, floor, D: tl.constexpr):
     """phi(q) kv / (floor + phi(q) phi_sum) of one tile of queries, fp32 [BLOCK, D]; b_kv is [D, D]."""
     o_d = tl.arange(0, D)
-    b_q = b_q.to(tl.float32)
-    b_exp = tl.exp2(b_q * LOG2_E - (tl.max(b_q, 1) * LOG2_E)[:, None])
+    b_logits = b_q.to(tl.float32) * LOG2_E
+    b_exp = tl.exp2(b_logits - tl.max(b_logits, 1)[:, None])
     # A division costs ten products: one a row.
     b_phi = b_exp * tl.where(inside, 1.0 / tl.sum(b_exp, 1), 0.0)[:, None]
     b_phi_sum = tl.load(phi_sum + i_bh * D + o_d)

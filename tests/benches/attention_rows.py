@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 import triton
 from bench_kernels import SHAPES, ops
-from gpu_rows import Row, Target, peak_memory, profile
+from gpu_rows import Row, Target, peak_memory, profile, release_memory
 
 from turbo_kernels import self_check
 
@@ -31,4 +30,4 @@ def measure(names: Sequence[str], profiled: Sequence[str]) -> Iterator[Row]:
             value = triton.testing.do_bench(op, warmup=50, rep=300, return_mode="median")
             row = TARGETS[name].row(name, float(value), peak_gib=peak())
         yield row | {"profile": profile(op)} if name in profiled else row
-    torch.cuda.empty_cache()
+    release_memory()

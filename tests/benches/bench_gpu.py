@@ -23,7 +23,7 @@ import memory_rows
 import text_rows
 import torch
 import vae_rows
-from gpu_rows import Row
+from gpu_rows import Row, release_memory
 
 from turbo_backend.manifest import versions
 
@@ -95,7 +95,7 @@ def main() -> int:
             for row in module.measure(chosen, profiled):
                 rows.append(row)
                 show(row)
-        torch.cuda.empty_cache()
+        release_memory()
     report = {
         "bench": "gpu", "device": torch.cuda.get_device_name(), "commit": arguments.commit or current_commit(),
         "versions": versions(), "gates": gates, "rows": rows,

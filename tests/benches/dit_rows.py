@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import groupby
 
 import torch
-from gpu_rows import CUDA, Row, Target, peak_memory, profile, relative_rmse, time_ms
+from gpu_rows import CUDA, Row, Target, peak_memory, profile, relative_rmse, release_memory, time_ms
 
 from turbo_backend.config import MODELS, DiTConfig
 from turbo_backend.nets.attention import AttentionSettings
@@ -110,7 +110,7 @@ def _batch_invariant(net: WanDiT, inputs: Inputs) -> bool:
 def measure(names: Sequence[str], profiled: Sequence[str]) -> Iterator[Row]:
     by_net = groupby(names, key=lambda name: (name.split("-")[1], name.split("-")[3]))
     for (model, linears), members in by_net:
-        torch.cuda.empty_cache()
+        release_memory()
         net = make_net(MODELS[f"Wan2.1-{model}"].dit, torch.bfloat16, quantized=linears == "8bit")
         net.prepare_for_inference()
         for name in members:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from dit_rows import LATENT_SHAPES, TEXT_LENGTH, make_inputs, make_net
-from gpu_rows import GIB, Row, Target
+from gpu_rows import GIB, Row, Target, release_memory
 from text_rows import draw_tokens, make_encoder
 from vae_rows import random_vae
 
@@ -41,14 +41,14 @@ def measure(names: Sequence[str], profiled: Sequence[str]) -> Iterator[Row]:
 
 def _run_request(name: str, *, num_latents: int) -> tuple[torch.Tensor, float]:
     """Frames, and the GiB that the device has given away by the end: the allocator returns nothing by itself."""
-    torch.cuda.empty_cache()
+    release_memory()
     encoder = None
     if not name.endswith("-text-cpu"):
         encoder = make_encoder(TextEncoderConfig(), torch.bfloat16, quantize=name.endswith("-8bit"))
     net = make_net(MODEL.dit, torch.bfloat16)
     net.prepare_for_inference()
     vae = random_vae().bfloat16()
-    torch.cuda.empty_cache()  # what making random weights took
+    release_memory()  # what making random weights took
     latents, text, _ = make_inputs(net, (num_latents, *LATENT_SHAPES["480p"][1:]))
     if encoder is not None:
         text = encoder(draw_tokens(encoder.config, TEXT_LENGTH), [TEXT_LENGTH])

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from gpu_rows import CUDA, Row, Target, peak_memory, profile, relative_rmse, time_ms
+from gpu_rows import CUDA, Row, Target, peak_memory, profile, relative_rmse, release_memory, time_ms
 from reference_nets import umt5_of_transformers
 
 from turbo_backend.config import TextEncoderConfig
@@ -63,15 +63,21 @@ def measure(names: Sequence[str], profiled: Sequence[str]) -> Iterator[Row]:
     net: UMT5Encoder | None = None
     quantized = False
     for name in names:
-        count, quantize = int(name.split("-")[1]), name.endswith("-8bit")
+        quantize = name.endswith("-8bit")
         if net is None or quantize != quantized:
-            net = None  # frees the one before
+            net = None
+            release_memory()
             net, quantized = make_encoder(TextEncoderConfig(), torch.bfloat16, quantize=quantize), quantize
-        tokens = draw_tokens(net.config, count)
+        yield _measure_net(name, net, with_profile=name in profiled)
 
-        def run(net: UMT5Encoder = net, tokens: torch.Tensor = tokens, count: int = count) -> torch.Tensor:
-            return net(tokens, [count])
 
-        with peak_memory() as peak:
-            row = TARGETS[name].row(name, time_ms(run, repeats=9), peak_gib=peak())
-        yield row | {"profile": profile(run)} if name in profiled else row
+def _measure_net(name: str, net: UMT5Encoder, *, with_profile: bool) -> Row:
+    count = int(name.split("-")[1])
+    tokens = draw_tokens(net.config, count)
+
+    def run() -> torch.Tensor:
+        return net(tokens, [count])
+
+    with peak_memory() as peak:
+        row = TARGETS[name].row(name, time_ms(run, repeats=9), peak_gib=peak())
+    return row | {"profile": profile(run)} if with_profile else row

@@ -50,7 +50,7 @@ def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
     sage_module = sys.modules["turbo_kernels.sage_attention"]  # the package's attribute of that name is the function
     sage_module.has_fp8 = lambda device: fp8
     sage_module.has_tile_descriptors = lambda device: descriptors
-    for module in (sage_module, sys.modules["turbo_kernels.sparse_attention"]):
+    for module in (sage_module, sys.modules["turbo_kernels.sparse_attention"], sys.modules["turbo_kernels.summary"]):
         module.is_hopper = lambda device: capability == 90
 
     dtype, head_dim = torch.bfloat16, 128

@@ -11,6 +11,7 @@ import torch
 
 from turbo_kernels.fp8_linear import quantize_fp8_rows
 from turbo_kernels.qk_norm_rope import qk_norm_rope
+from turbo_kernels.qk_norm_rope_gather import qk_norm_rope_gather
 from turbo_kernels.residual_norm import residual_norm
 from turbo_kernels.text_attention import TextRows, text_attention
 
@@ -21,6 +22,7 @@ FFN_DIMS = (8960, 13824)
 def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
     """(kernel, arguments by name, options) of every launch of a bf16 block, and where e4m3 exists of an 8-bit one."""
     launches = aot_compile.start_recording()
+    sys.modules["turbo_kernels.qk_norm_rope_gather"].is_hopper = lambda device: capability == 90
     dtypes = (None, torch.float8_e4m3fn) if capability >= 89 else (None,)
     for dim, num_heads in DIMS.items():
         x = torch.zeros(1, 8, dim, dtype=torch.bfloat16)
@@ -30,6 +32,8 @@ def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
         rope = torch.zeros(8, 64, 2)
         text = torch.zeros(5, num_heads, 128, dtype=torch.bfloat16)
         qk_norm_rope(q, k, weight, weight, rope, num_heads=num_heads, eps=1e-6, provider="triton")
+        for int8 in (False, True):
+            qk_norm_rope_gather(q, k, weight, weight, rope, num_heads=num_heads, eps=1e-6, int8=int8)
         for dtype in dtypes:
             modulation = {"scale_BD": vector, "shift_BD": vector, "eps": 1e-6, "out_dtype": dtype, "provider": "triton"}
             residual_norm(x, x, vector, **modulation)
