@@ -1,19 +1,19 @@
 """Triton adapter of the denoiser: text embeddings and parameters -> one response a step, latents with the last."""
 
-import threading
 from functools import partial
 
 import torch
 
 from turbo_backend import triton_adapter as triton
 from turbo_backend.cancellation import Cancellations
-from turbo_backend.errors import Cancelled, TurboError, error_to_report
+from turbo_backend.errors import Cancelled
 from turbo_backend.jobs.steps import open_step_files
 from turbo_backend.manifest import merge_reports
 from turbo_backend.memory import as_turbo_error
 from turbo_backend.parameters import make_delivery, make_scheduling
+from turbo_backend.stages.caller import Caller
 from turbo_backend.stages.denoiser import COUNTERS
-from turbo_backend.stages.denoiser_request import DenoisedStep, DenoiseRequest
+from turbo_backend.stages.denoiser_request import DenoiseRequest
 from turbo_backend.stages.held_open import HeldOpen
 from turbo_backend.stages.loading import load_denoiser
 
@@ -35,7 +35,7 @@ class TritonPythonModel:
     def execute(self, requests):
         """Hands the requests over; they are answered as their steps are done."""
         for request in requests:
-            caller = _Caller(request, self._held_open)
+            caller = self._caller(request)
             try:
                 if (run := self._stage.submit(self._read(request), caller)) is not None:
                     caller.hold(run.cancel_token)
@@ -46,6 +46,11 @@ class TritonPythonModel:
         self._stage.close()
         self._held_open.close()
         self._cancellations.close()
+
+    def _caller(self, request):
+        sender = request.get_response_sender()
+        send, fail = partial(_send, sender), partial(_fail, sender, request.request_id())
+        return Caller(send, fail, held_open=self._held_open, is_job=triton.is_durable(request))
 
     def _read(self, request):
         if request.is_cancelled():
@@ -65,44 +70,12 @@ class TritonPythonModel:
         )
 
 
-class _Caller:
-    """Gives one request its answers, from any thread."""
+def _send(sender, update, is_last):
+    triton.send(sender, _respond(update), final=is_last)
 
-    def __init__(self, request, held_open):
-        self._sender, self._request_id = request.get_response_sender(), request.request_id()
-        self._held_open, self._lock = held_open, threading.Lock()
-        self._is_held = self._is_over = False
-        # Triton 2.51 never releases an ensemble that fails while another of its steps runs, and tells no error's status
-        # to the jobs: the next model, which may be at work on the last step, ends the request then.
-        self._is_job = self._next_fails = triton.is_durable(request)
 
-    def hold(self, token):
-        """Keeps a request open whose caller may leave, which jobs never do."""
-        with self._lock:
-            if not self._is_job and not self._is_over and self._held_open.hold(token, partial(self._say, token)):
-                self._is_held = self._next_fails = True
-
-    def __call__(self, update):
-        with self._lock:
-            if not isinstance(update, TurboError):
-                self._next_fails = True
-                triton.send(self._sender, _respond(update), final=update.report is not None and not self._is_held)
-            elif self._next_fails:
-                self._send_report(error_to_report(update), final=True)
-            else:
-                triton.send(self._sender, triton.error_response(update, self._request_id), final=True)
-            self._is_over = isinstance(update, TurboError) or (update.report is not None and not self._is_held)
-
-    def _say(self, token, is_last):
-        with self._lock:
-            if not self._is_over:
-                self._is_over = is_last
-                self._send_report({"is_last_word": is_last}, token, final=is_last)
-            return not self._is_over
-
-    def _send_report(self, report, token="", *, final):
-        told = DenoisedStep(step=0, step_count=0, cancel_token=token, report=report)
-        triton.send(self._sender, _respond(told), final=final)
+def _fail(sender, request_id, error):
+    triton.send(sender, triton.error_response(error, request_id), final=True)
 
 
 def _respond(update):
