@@ -1,7 +1,7 @@
 """Where the kernels run: each test that takes `device` runs on "cpu" under triton's interpreter and on "cuda".
 
 A kernel is bound to the interpreter or the compiler when its module is imported, and other tests of the same session
-import turbo_kernels for real use. So the interpreted tests run together in one child process with TRITON_INTERPRET=1,
+import turbo_kernels for real use. So the interpreted tests run together in two child processes with TRITON_INTERPRET=1,
 started when the first of them is reached, and each test here reports what its namesake there did.
 """
 
@@ -11,7 +11,9 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves sibling 
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _RESULTS = pytest.StashKey[dict[str, str]]()
+_PROCESSES = 2
 
 needs_gpu = pytest.mark.skipif(INTERPRETING or not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -73,12 +76,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def run_interpreted(session: pytest.Session) -> dict[str, str]:
     """Outcome by test name: "" for a pass, else the failure's text."""
     names = [item.nodeid for item in session.items if is_interpreted(item)]
-    report = Path(session.config._tmp_path_factory.mktemp("interpreted")) / "report.xml"  # type: ignore[attr-defined]
+    folder = session.config._tmp_path_factory.mktemp("interpreted")  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(_PROCESSES) as pool:
+        reports = [folder / f"report-{i}.xml" for i in range(_PROCESSES)]
+        shares = [names[i::_PROCESSES] for i in range(_PROCESSES)]
+        outcomes = list(pool.map(partial(_run_share, session.config.rootpath), shares, reports))
+    return {name: problem for outcome in outcomes for name, problem in outcome.items()}
+
+
+def _run_share(root: Path, names: Sequence[str], report: Path) -> dict[str, str]:
+    if not names:
+        return {}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *names]
     child = subprocess.run(
         command,
-        cwd=session.config.rootpath,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
+        cwd=root,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
