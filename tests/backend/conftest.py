@@ -1,19 +1,22 @@
-"""A two-expert image model small enough to build for each test."""
+"""A two-expert image model small enough to build for each test, a picture, and requests that are held open."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from turbo_backend.cancellation import Cancellations
 from turbo_backend.config import MODELS, DiTConfig, ModelConfig, VAEConfig
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.random_weights import initialize_random
+from turbo_backend.stages.held_open import HeldOpen
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +48,15 @@ def picture() -> Callable[..., bytes]:
         return buffer.getvalue()
 
     return make
+
+
+@pytest.fixture
+def marks(tmp_path: Path) -> Cancellations:
+    return Cancellations(tmp_path / "marks")
+
+
+@pytest.fixture
+def held_open(marks: Cancellations) -> Iterator[HeldOpen]:
+    held_open = HeldOpen(marks)
+    yield held_open
+    held_open.close()

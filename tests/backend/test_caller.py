@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,18 +16,6 @@ MINE = "mine"
 STEP = DenoisedStep(step=1, step_count=2, cancel_token=MINE)
 LAST = DenoisedStep(step=2, step_count=2, cancel_token=MINE, report={"seed": 1})
 ERROR = Cancelled("enough")
-
-
-@pytest.fixture
-def marks(tmp_path: Path) -> Cancellations:
-    return Cancellations(tmp_path / "marks")
-
-
-@pytest.fixture
-def held_open(marks: Cancellations) -> Iterator[HeldOpen]:
-    held_open = HeldOpen(marks)
-    yield held_open
-    held_open.close()
 
 
 class Answers:

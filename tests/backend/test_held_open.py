@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,18 +29,6 @@ def when_last(event: threading.Event) -> Callable[[bool], bool]:
         return not is_last
 
     return say
-
-
-@pytest.fixture
-def marks(tmp_path: Path) -> Cancellations:
-    return Cancellations(tmp_path / "marks")
-
-
-@pytest.fixture
-def held_open(marks: Cancellations) -> Iterator[HeldOpen]:
-    held_open = HeldOpen(marks)
-    yield held_open
-    held_open.close()
 
 
 def test_words_are_said_until_the_decoder_lets_go(held_open: HeldOpen, marks: Cancellations) -> None:
