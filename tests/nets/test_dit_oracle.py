@@ -131,22 +131,24 @@ def naive_block_mask(q_HLD, k_HLD, block_q, block_k, topk):
 
 
 def naive_int8(x_LD, block):
-    """int8 codes by block, halves away from zero, and the scale of each row.
+    """int8 codes by block, halves to even, and the scale of each row.
 
     amax * (1 / 127), not amax / 127: one ulp of the scale already turns some codes over.
     """
     codes, scales = [], []
     for tile in x_LD.split(block):
         scale = tile.abs().max() * (1 / 127) + 1e-7
-        codes.append(torch.floor((tile / scale).abs() + 0.5) * tile.sign())
+        lower = torch.floor(tile / scale)
+        above = tile / scale - lower
+        codes.append(lower + ((above > 0.5) | ((above == 0.5) & (lower % 2 == 1))))
         scales.append(scale.expand(len(tile)))
     return torch.cat(codes), torch.cat(scales)
 
 
-def naive_sage(q_LD, k_LD, v_LD, mask, block_q, block_k):
+def naive_sage(q_LD, k_LD, v_LD, mask, block_k):
     """The 8-bit branch of one head, key block by key block: P is rounded against the running maximum of its row."""
     L, D = q_LD.shape
-    q8, q_scale = naive_int8(q_LD, block_q)
+    q8, q_scale = naive_int8(q_LD, 1)  # a scale a token
     k8, k_scale = naive_int8(k_LD - k_LD.mean(0), block_k)
     v_scale = v_LD.abs().amax(0) * (1 / 448)
     v8 = (v_LD / v_scale).half().float()
@@ -168,7 +170,7 @@ def naive_sla(q_HLD, k_HLD, v_HLD, weight, bias, attention):
     mask = naive_block_mask(q_HLD, k_HLD, block_q, block_k, attention.sla_topk)
     if attention.attention_type == "sagesla":
         heads = zip(q_HLD, k_HLD, v_HLD, mask, strict=True)
-        sparse = torch.stack([naive_sage(q, k, v, seen, block_q, block_k) for q, k, v, seen in heads])
+        sparse = torch.stack([naive_sage(q, k, v, seen, block_k) for q, k, v, seen in heads])
     else:
         logits = q_HLD @ k_HLD.transpose(1, 2) / math.sqrt(q_HLD.shape[-1])
         sparse = logits.masked_fill(~mask, -math.inf).softmax(-1) @ v_HLD
