@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from turbo_kernels.block_map import block_map, empty_block_map, select_blocks
+from turbo_kernels.block_map import block_map, select_blocks
 from turbo_kernels.checks import check_attention_inputs, check_float
 from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX, Fp8Rows
 from turbo_kernels.gather import Gathered, gather
@@ -228,8 +228,9 @@ def _sla_triton(
     weight_DD, bias_D = (part.contiguous() for part in proj_l)
     block_q, block_k = attention_geometry(attention_type, q_BLHD.device)
     summary = summarize(k_BLHD, v_BLHD, of_keys, block_k=block_k, linear=True, proj_l=(weight_DD, bias_D))
-    empty = empty_block_map(q_BLHD.shape, block_q, block_k, topk, q_BLHD.device)
-    selected = select_blocks(of_queries.sums, summary.pooled_k, summary.k_mean, empty, q_BLHD.shape[1])
+    selected = select_blocks(
+        of_queries.sums, summary.pooled_k, summary.k_mean, q_BLHD.shape, block_q=block_q, block_k=block_k, topk=topk
+    )
     if attention_type == "sagesla":
         return sage_attention_triton(q_BLHD, k_BLHD, v_BLHD, selected, of_queries, summary, bias_D, out_scale_BL)
     return sparse_attention_triton(q_BLHD, k_BLHD, v_BLHD, selected, summary, bias_D)

@@ -101,8 +101,7 @@ def block_map(
         raise ValueError(f"topk is {topk}: must be in (0, 1]")
     provider = resolve_provider(provider, q_BLHD.device, op="block_map")
     if provider == "triton":
-        empty = empty_block_map(q_BLHD.shape, block_q, block_k, topk, q_BLHD.device)
-        return _block_map_triton(q_BLHD, k_BLHD, empty)
+        return _block_map_triton(q_BLHD, k_BLHD, block_q, block_k, topk)
     num_selected = num_selected_blocks(topk, num_blocks(q_BLHD.shape[1], block_k))
     indices = torch.stack(
         [_select_reference(q, k, block_q, block_k, num_selected) for q, k in zip(q_BLHD, k_BLHD, strict=True)]
@@ -230,45 +229,48 @@ def select_kernel(
 
 
 def select_blocks(
-    q_sums: torch.Tensor, pooled_k: torch.Tensor, k_mean: torch.Tensor, block_map: BlockMap, L: int
+    q_sums: torch.Tensor,
+    pooled_k: torch.Tensor,
+    k_mean: torch.Tensor,
+    shape_BLHD: torch.Size,
+    *,
+    block_q: int,
+    block_k: int,
+    topk: float,
 ) -> BlockMap:
-    """Scores, then selection, from `gather`'s sums of queries and pooled keys; fills `block_map` and returns it."""
-    BH, num_groups, D = q_sums.shape
-    num_q_blocks, num_k_blocks = num_blocks(L, block_map.block_q), num_blocks(L, block_map.block_k)
+    """Scores, then selection, from `gather`'s sums of queries and pooled keys."""
+    B, L, H, D = shape_BLHD
+    BH, num_groups, _ = q_sums.shape
+    num_q_blocks, num_k_blocks = num_blocks(L, block_q), num_blocks(L, block_k)
+    num_selected = num_selected_blocks(topk, num_k_blocks)
     row = next((size for size in _ROW_SIZES if size >= num_k_blocks), None)
     if row is None:
         raise ValueError(f"{num_k_blocks} key blocks: at most {_ROW_SIZES[-1]} can be ranked")
     scores = torch.empty(BH, num_q_blocks, num_k_blocks, dtype=torch.float32, device=q_sums.device)
+    indices = torch.empty(B, H, num_q_blocks, num_selected, dtype=torch.int32, device=q_sums.device)
     with device_of(q_sums):
         score_kernel[(triton.cdiv(num_k_blocks, _SCORE_TILE), triton.cdiv(num_q_blocks, _SCORE_TILE), BH)](
             q_sums, pooled_k, k_mean, scores, L, num_groups, num_q_blocks, num_k_blocks,
-            D=D, BLOCK_Q=block_map.block_q, GROUP=GROUP, TILE=_SCORE_TILE,
+            D=D, BLOCK_Q=block_q, GROUP=GROUP, TILE=_SCORE_TILE,
             num_warps=4, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
         select_kernel[(BH * num_q_blocks,)](
-            scores, block_map.indices, num_k_blocks, block_map.num_selected,
+            scores, indices, num_k_blocks, num_selected,
             ROW=row, num_warps=max(1, row // 1024), enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
-    return block_map
-
-
-def empty_block_map(shape_BLHD: torch.Size, block_q: int, block_k: int, topk: float, device: torch.device) -> BlockMap:
-    """Room for the blocks that `select_blocks` finds."""
-    B, L, H, _ = shape_BLHD
-    num_selected = num_selected_blocks(topk, num_blocks(L, block_k))
-    indices = torch.empty(B, H, num_blocks(L, block_q), num_selected, dtype=torch.int32, device=device)
     return BlockMap(indices, block_q, block_k)
 
 
-def _block_map_triton(q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, block_map: BlockMap) -> BlockMap:
+def _block_map_triton(q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, block_q: int, block_k: int, topk: float) -> BlockMap:
     B, L, H, D = q_BLHD.shape
     k_sums = gather(k_BLHD).sums
-    num_k_blocks = num_blocks(L, block_map.block_k)
+    num_k_blocks = num_blocks(L, block_k)
     pooled_k = torch.empty(B * H, num_k_blocks, D, dtype=torch.float32, device=q_BLHD.device)
     k_mean = torch.empty(B * H, D, dtype=torch.float32, device=q_BLHD.device)
     with device_of(q_BLHD):
         pool_kernel[(B * H,)](
             k_sums, pooled_k, k_mean, L, k_sums.shape[1], num_k_blocks,
-            D=D, BLOCK=block_map.block_k, GROUP=GROUP, GROUPS=32, num_warps=4, enable_fp_fusion=FUSE_FMA,
+            D=D, BLOCK=block_k, GROUP=GROUP, GROUPS=32, num_warps=4, enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
-    return select_blocks(gather(q_BLHD).sums, pooled_k, k_mean, block_map, L)
+    q_sums = gather(q_BLHD).sums
+    return select_blocks(q_sums, pooled_k, k_mean, q_BLHD.shape, block_q=block_q, block_k=block_k, topk=topk)

@@ -100,11 +100,23 @@ def check_projections(
 
 @triton.jit
 @no_type_check
-def rotate(b_y, p_rope, o_d, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr):
+def _rotate(b_y, p_rope, o_d, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr):
     """Turn neighbouring pairs; (cos, sin) lie in a row of the table as (even, odd) do in a head."""
     even, odd = tl.split(tl.reshape(b_y, [SIZE // 2, 2]))
     cos, sin = tl.split(tl.reshape(tl.load(p_rope + o_d % HEAD_DIM), [SIZE // 2, 2]))
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [SIZE])
+
+
+@triton.jit
+@no_type_check
+def norm_rotate(
+    b_0, b_1, w_0, w_1, p_rope, o_0, o_1, D, eps, HEAD_DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr
+):
+    """Both pieces of one row, fp32 [HEAD] and [TAIL], normalised, scaled and rotated."""
+    rstd = 1.0 / tl.sqrt((tl.sum(b_0 * b_0, 0) + tl.sum(b_1 * b_1, 0)) / D + eps)
+    b_0 = _rotate(b_0 * rstd * w_0, p_rope, o_0, HEAD_DIM, HEAD)
+    b_1 = _rotate(b_1 * rstd * w_1, p_rope, o_1, HEAD_DIM, TAIL)
+    return b_0, b_1
 
 
 @triton.jit(do_not_specialize=["L"])
@@ -142,10 +154,8 @@ def qk_norm_rope_kernel(
         p_x = x + i_b * stride_b + i_l * stride_l
         b_0 = tl.load(p_x + o_0).to(tl.float32)
         b_1 = tl.load(p_x + o_1, mask=in_1, other=0.0).to(tl.float32)
-        rstd = 1.0 / tl.sqrt((tl.sum(b_0 * b_0, 0) + tl.sum(b_1 * b_1, 0)) / D + eps)
         p_rope = rope + i_l * HEAD_DIM
-        b_0 = rotate(b_0 * rstd * w_0, p_rope, o_0, HEAD_DIM, HEAD)
-        b_1 = rotate(b_1 * rstd * w_1, p_rope, o_1, HEAD_DIM, TAIL)
+        b_0, b_1 = norm_rotate(b_0, b_1, w_0, w_1, p_rope, o_0, o_1, D, eps, HEAD_DIM, HEAD, TAIL)
         p_out = out + (i_b * L + i_l) * D
         tl.store(p_out + o_0, b_0.to(out.dtype.element_ty))
         tl.store(p_out + o_1, b_1.to(out.dtype.element_ty), mask=in_1)

@@ -11,7 +11,7 @@ import triton.language as tl
 from turbo_kernels.fp8_linear import piece_warps
 from turbo_kernels.gather import GROUP, SCALE_FLOOR, Gathered, log_sum_exp, store_int8
 from turbo_kernels.providers import FUSE_FMA, device_of, is_hopper
-from turbo_kernels.qk_norm_rope import check_projections, rotate
+from turbo_kernels.qk_norm_rope import check_projections, norm_rotate
 
 #: A thread's, so that enough programs share a multiprocessor.
 _REGISTERS = 128
@@ -144,10 +144,8 @@ def qk_norm_rope_gather_kernel(
         p_x += tl.where(i_l + 1 < last, stride_l, 0)
         next_0 = tl.load(p_x + o_0)
         next_1 = tl.load(p_x + o_1, mask=in_1, other=0.0)
-        rstd = 1.0 / tl.sqrt((tl.sum(b_0 * b_0, 0) + tl.sum(b_1 * b_1, 0)) / D + eps)
         p_rope = rope + i_l * HEAD_DIM
-        b_0 = rotate(b_0 * rstd * w_0, p_rope, o_0, HEAD_DIM, HEAD)
-        b_1 = rotate(b_1 * rstd * w_1, p_rope, o_1, HEAD_DIM, TAIL)
+        b_0, b_1 = norm_rotate(b_0, b_1, w_0, w_1, p_rope, o_0, o_1, D, eps, HEAD_DIM, HEAD, TAIL)
         p_out = out + (i_b * L + i_l) * D
         tl.store(p_out + o_0, b_0.to(out.dtype.element_ty))
         tl.store(p_out + o_1, b_1.to(out.dtype.element_ty), mask=in_1)

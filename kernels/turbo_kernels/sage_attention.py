@@ -25,7 +25,7 @@ import triton.language as tl
 from turbo_kernels.block_map import BlockMap, check_block_map, num_blocks
 from turbo_kernels.checks import check_attention_inputs
 from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX
-from turbo_kernels.gather import SCALE_FLOOR, Gathered, gather, round_int8
+from turbo_kernels.gather import SCALE_FLOOR, SHIFT, Gathered, gather, round_int8
 from turbo_kernels.linear_attention import DENOMINATOR_FLOOR
 from turbo_kernels.providers import (
     FUSE_FMA,
@@ -43,8 +43,7 @@ from turbo_kernels.summary import V_AMAX_FLOOR, V_MAX, Summary, linear_branch, s
 
 #: P reaches 1 and e4m3 448: scaled so, it keeps the most of its bits.
 P_MAX_FP8 = 448.0
-#: 1.5 * 2^23 and its bits. An integer S of less than 2^22 added to the bits makes them those of SHIFT + S.
-SHIFT = tl.constexpr(12582912.0)  # type: ignore[no-untyped-call]
+#: The bits of SHIFT. An integer S of less than 2^22 added to them makes them those of SHIFT + S.
 SHIFT_BITS = tl.constexpr(0x4B400000)  # type: ignore[no-untyped-call]
 MINUS_INFINITY_BITS = tl.constexpr(-0x00800000)  # type: ignore[no-untyped-call]
 #: The interpreter rounds between a product and its sum.

@@ -93,7 +93,7 @@ def test_later_the_next_model_fails(held_open: HeldOpen, why: str) -> None:
     assert not answers.failed
 
 
-def test_a_job_is_not_held(held_open: HeldOpen, marks: Cancellations) -> None:
+def test_a_job_is_not_held(held_open: HeldOpen) -> None:
     answers = Answers(held_open, is_job=True)
     answers.caller.hold(MINE)
     answers.caller(LAST)

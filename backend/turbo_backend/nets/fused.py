@@ -3,7 +3,8 @@
     norm, modulation and 8-bit rounding ride on the addition of the branch before     (`residual_norm`)
     q, k, v              one product; norm and rotation of q and k, and what attention
                          needs to know of them, in one kernel                          (`qk_norm_rope_gather`)
-    self-attention       both branches and, as `sagesla`, 8-bit rounding in one kernel (`sagesla_attention_fp8`)
+    self-attention       both branches and, as `sagesla`, 8-bit rounding in one kernel
+                                                                              (`sla_attention_of_projections`)
     cross-attention      softmax and 8-bit rounding in one kernel                      (`text_attention`)
     GELU                 in the epilogue of its product, its 8-bit rounding too where cuBLASLt offers that
                          (`fp8_gelu_linear`), else together with that rounding         (`quantize_fp8_rows`)
