@@ -2,9 +2,7 @@
 
 from turbo_kernels.attention import attention_geometry, dense_attention, sla_attention
 from turbo_kernels.block_map import BlockMap, block_map
-from turbo_kernels.gate_residual import gate_residual
 from turbo_kernels.int8_linear import int8_linear, quantize_int8_blockwise
-from turbo_kernels.layer_norm import layer_norm_modulate
 from turbo_kernels.linear_attention import linear_attention
 from turbo_kernels.providers import default_provider
 from turbo_kernels.rms_norm_rope import rms_norm_rope
@@ -19,9 +17,7 @@ __all__ = [
     "block_map",
     "default_provider",
     "dense_attention",
-    "gate_residual",
     "int8_linear",
-    "layer_norm_modulate",
     "linear_attention",
     "quantize_int8_blockwise",
     "rms_norm_rope",

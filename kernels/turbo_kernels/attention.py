@@ -19,8 +19,8 @@ from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX, Fp8Rows
 from turbo_kernels.gather import Gathered, gather
 from turbo_kernels.linear_attention import linear_attention, linear_attention_reference
 from turbo_kernels.providers import is_hopper, resolve_provider
-from turbo_kernels.qk_norm_rope import qk_norm_rope
 from turbo_kernels.qk_norm_rope_gather import qk_norm_rope_gather
+from turbo_kernels.rms_norm_rope import rms_norm_rope
 from turbo_kernels.sage_attention import sage_attention_reference, sage_attention_triton
 from turbo_kernels.spargeattn import sage_attention_spargeattn
 from turbo_kernels.sparse_attention import sparse_attention_reference, sparse_attention_triton
@@ -137,7 +137,7 @@ def sla_attention_of_projections(
     fp8: bool = False,
     provider: str | None = None,
 ) -> torch.Tensor | Fp8Rows:
-    """`qk_norm_rope`, then `sla_attention` or, with `fp8`, `sagesla_attention_fp8`, whose arguments these are.
+    """`rms_norm_rope` of q and k, then `sla_attention` or, with `fp8`, `sagesla_attention_fp8`: their arguments.
 
     Our kernels gather what attention needs to know of queries and keys while they norm and rotate them.
 
@@ -150,15 +150,18 @@ def sla_attention_of_projections(
     num_heads = v_BLHD.shape[2]
     q_heads, k_heads = (x.view(*x.shape[:-1], num_heads, -1) for x in (q_BLM, k_BLM))
     provider = _check_sla(q_heads, k_heads, v_BLHD, *proj_l, attention_type, provider)
-    projections = q_BLM, k_BLM, q_weight_M, k_weight_M, rope
     if provider == "triton":
         int8 = attention_type == "sagesla"
+        projections = q_BLM, k_BLM, q_weight_M, k_weight_M, rope
         ready = _Ready(*qk_norm_rope_gather(*projections, num_heads=num_heads, eps=eps, int8=int8))
         if fp8:
             return _sagesla_triton_fp8(ready, v_BLHD, proj_l, topk)
         return _sla_triton(ready, v_BLHD, proj_l, attention_type, topk)
     normed_by = "reference" if provider == "reference" else "triton"
-    q_BLHD, k_BLHD = qk_norm_rope(*projections, num_heads=num_heads, eps=eps, provider=normed_by)
+    q_BLHD, k_BLHD = (
+        rms_norm_rope(x_BLM, weight_M, rope, num_heads=num_heads, eps=eps, provider=normed_by)
+        for x_BLM, weight_M in ((q_BLM, q_weight_M), (k_BLM, k_weight_M))
+    )
     if fp8:
         return sagesla_attention_fp8(q_BLHD, k_BLHD, v_BLHD, *proj_l, topk=topk, provider=provider)
     return sla_attention(q_BLHD, k_BLHD, v_BLHD, *proj_l, attention_type=attention_type, topk=topk, provider=provider)

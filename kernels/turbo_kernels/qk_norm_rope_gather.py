@@ -1,4 +1,4 @@
-"""`qk_norm_rope` and `gather` in one launch: queries and keys are not read again for what is gathered of them."""
+"""`rms_norm_rope` and `gather` of queries and keys in one launch: they are not read again for what is gathered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton.language as tl
 from turbo_kernels.fp8_linear import piece_warps
 from turbo_kernels.gather import GROUP, SCALE_FLOOR, Gathered, log_sum_exp, store_int8
 from turbo_kernels.providers import FUSE_FMA, device_of, is_hopper
-from turbo_kernels.qk_norm_rope import check_projections, norm_rotate
+from turbo_kernels.rms_norm_rope import check_norm_rope, norm_rotate
 
 #: A thread's, so that enough programs share a multiprocessor.
 _REGISTERS = 128
@@ -30,10 +30,17 @@ def qk_norm_rope_gather(
 ) -> tuple[torch.Tensor, Gathered, torch.Tensor, Gathered]:
     """Queries, what is gathered of them (8-bit values where asked for), keys, what is gathered of those; by the kernel.
 
+    Args:
+        q_BLD, k_BLD: of one shape, dtype and strides, as slices of a joint projection are.
+        q_weight_D, k_weight_D: of one dtype.
+
     Raises:
-        ValueError: as `qk_norm_rope`, which takes the same arguments.
+        ValueError: as `rms_norm_rope` of each; queries and keys that are not laid out alike.
     """
-    check_projections(q_BLD, k_BLD, q_weight_D, k_weight_D, rope, num_heads)
+    for name, x_BLD, weight_D in (("q", q_BLD, q_weight_D), ("k", k_BLD, k_weight_D)):
+        check_norm_rope(name, x_BLD, weight_D, rope, num_heads)
+    if _layout(q_BLD) != _layout(k_BLD) or q_weight_D.dtype != k_weight_D.dtype:
+        raise ValueError(f"k is laid out as {_layout(k_BLD)}, q as {_layout(q_BLD)}: must be alike, and their weights")
     B, L, D = q_BLD.shape
     head_dim = D // num_heads
     q, k = (torch.empty(B, L, num_heads, head_dim, dtype=q_BLD.dtype, device=q_BLD.device) for _ in range(2))
@@ -50,6 +57,10 @@ def qk_norm_rope_gather(
             enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return q, of_q, k, of_k
+
+
+def _layout(x: torch.Tensor) -> tuple[object, ...]:
+    return tuple(x.shape), x.stride(), x.dtype
 
 
 def _head_pieces(num_heads: int) -> tuple[int, int]:
@@ -145,7 +156,7 @@ def qk_norm_rope_gather_kernel(
         next_0 = tl.load(p_x + o_0)
         next_1 = tl.load(p_x + o_1, mask=in_1, other=0.0)
         p_rope = rope + i_l * HEAD_DIM
-        b_0, b_1 = norm_rotate(b_0, b_1, w_0, w_1, p_rope, o_0, o_1, D, eps, HEAD_DIM, HEAD, TAIL)
+        b_0, b_1 = norm_rotate(b_0, b_1, w_0, w_1, p_rope, o_0, o_1, D, eps, HEAD_DIM, HEAD, TAIL, True)
         p_out = out + (i_b * L + i_l) * D
         tl.store(p_out + o_0, b_0.to(out.dtype.element_ty))
         tl.store(p_out + o_1, b_1.to(out.dtype.element_ty), mask=in_1)

@@ -12,14 +12,13 @@ from __future__ import annotations
 from typing import no_type_check
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from turbo_kernels.checks import check_float
 from turbo_kernels.fp8_gelu_linear import Fp8Samples
 from turbo_kernels.fp8_linear import AMAX_FLOOR, FP8_MAX, Fp8Rows, quantize_fp8_rows, row_pieces
-from turbo_kernels.gate_residual import gate_residual
-from turbo_kernels.layer_norm import layer_norm_modulate
 from turbo_kernels.providers import FUSE_FMA, device_of, resolve_provider
 
 #: Values of the heads of its rows that a program takes: enough bytes in flight on a multiprocessor.
@@ -96,17 +95,37 @@ def residual_norm(
             return x_BLD, h
         return x_BLD, Fp8Rows(h, h_scale) if out_scale_B is None else Fp8Samples(h, h_scale)
     if y_BLD is not None:
-        x_BLD = x_BLD + y_BLD if gate_BD is None else gate_residual(x_BLD, y_BLD, gate_BD, provider=provider)
+        x_BLD = x_BLD + y_BLD if gate_BD is None else gate_residual(x_BLD, y_BLD, gate_BD)
     x = x_BLD if out_dtype == x_BLD.dtype else x_BLD.float()
-    h = layer_norm_modulate(
-        x, weight=weight, bias=bias, scale_BD=scale_BD, shift_BD=shift_BD, eps=eps, provider=provider
-    )
+    h = layer_norm_modulate(x, weight=weight, bias=bias, scale_BD=scale_BD, shift_BD=shift_BD, eps=eps)
     if out_dtype != torch.float8_e4m3fn:
         return x_BLD, h
     if out_scale_B is None:
         return x_BLD, quantize_fp8_rows(h, provider=provider)
     scaled = (h / out_scale_B[:, None, None]).clamp(-FP8_MAX, FP8_MAX)
     return x_BLD, Fp8Samples(scaled.to(torch.float8_e4m3fn), out_scale_B)
+
+
+def gate_residual(x_BLD: torch.Tensor, y_BLD: torch.Tensor, gate_BD: torch.Tensor) -> torch.Tensor:
+    """x' by PyTorch, with a gate."""
+    return torch.addcmul(x_BLD.float(), y_BLD.float(), gate_BD.float()[:, None]).to(x_BLD.dtype)
+
+
+def layer_norm_modulate(
+    x_BLD: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    scale_BD: torch.Tensor | None = None,
+    shift_BD: torch.Tensor | None = None,
+    eps: float,
+) -> torch.Tensor:
+    """h by PyTorch, in the dtype of x."""
+    weight, bias = (None if part is None else part.float() for part in (weight, bias))
+    h = F.layer_norm(x_BLD.float(), x_BLD.shape[-1:], weight, bias, eps)
+    if scale_BD is not None and shift_BD is not None:
+        h = h * (1.0 + scale_BD.float()[:, None]) + shift_BD.float()[:, None]
+    return h.to(x_BLD.dtype)
 
 
 @triton.jit

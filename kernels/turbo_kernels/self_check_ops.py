@@ -29,12 +29,9 @@ from turbo_kernels.attention import (
 from turbo_kernels.block_map import BlockMap, block_map, pool_blocks_reference
 from turbo_kernels.fp8_gelu_linear import Fp8Samples, fp8_gelu_linear, multiplies_gelu_fp8
 from turbo_kernels.fp8_linear import FP8_MAX, Fp8Rows, fp8_linear, multiplies_fp8, quantize_fp8_rows
-from turbo_kernels.gate_residual import gate_residual
 from turbo_kernels.int8_linear import int8_linear, quantize_int8_blockwise
-from turbo_kernels.layer_norm import layer_norm_modulate
 from turbo_kernels.linear_attention import linear_attention, linear_attention_reference
 from turbo_kernels.providers import has_fp8
-from turbo_kernels.qk_norm_rope import qk_norm_rope
 from turbo_kernels.residual_norm import residual_norm
 from turbo_kernels.rms_norm_rope import rms_norm_rope
 from turbo_kernels.sage_attention import sage_attention
@@ -141,29 +138,17 @@ def check_attention(ops: OpErrors) -> None:
 
 
 def check_row_ops(ops: OpErrors) -> None:
-    """Norms, gates and linears, each alone."""
+    """The norm of text keys and the linears, each alone."""
     provider, M = ops.provider, ops.model_dim
-    x, y, gate, shift = ops.draw(2, LENGTH, M) + 1, ops.draw(2, LENGTH, M), ops.draw(2, M), ops.draw(2, M)
-    weight_M, rope = ops.draw(M), ops.draw(LENGTH, ops.head_dim // 2, 2, dtype=torch.float32)
+    x, weight_M = ops.draw(2, LENGTH, M) + 1, ops.draw(M)
+    rope = ops.draw(LENGTH, ops.head_dim // 2, 2, dtype=torch.float32)
     weight, bias = ops.draw(200, M), ops.draw(200)
     weight_8 = quantize_int8_blockwise(weight, provider=provider)
-    ops.check(
-        "layer_norm_modulate",
-        ops.rounding,
-        lambda: layer_norm_modulate(x, scale_BD=gate, shift_BD=shift, eps=_EPS, provider=provider),
-        F.layer_norm(x.float(), (M,), eps=_EPS) * (1 + gate.float()[:, None]) + shift.float()[:, None],
-    )
     ops.check(
         "rms_norm_rope",
         ops.rounding,
         lambda: rms_norm_rope(x, weight_M, rope, num_heads=HEADS, eps=_EPS, provider=provider),
         rms_norm_rope(x.float(), weight_M.float(), rope, num_heads=HEADS, eps=_EPS, provider="reference"),
-    )
-    ops.check(
-        "gate_residual",
-        ops.rounding,
-        lambda: gate_residual(x, y, gate, provider=provider),
-        x.float() + y.float() * gate.float()[:, None],
     )
     exact = F.linear(x.float(), weight.float(), bias.float())
     ops.check("int8_linear", 0.03, lambda: int8_linear(x, *weight_8, bias, provider=provider), exact)
@@ -218,18 +203,7 @@ def check_block(ops: OpErrors) -> None:
     ops.check("residual_norm", ops.rounding, both, torch.stack((exact_x, exact_h)))
 
     q, k, _ = ops.draw(2, LENGTH, 3 * M).chunk(3, dim=-1)
-    q_weight, k_weight, rope = ops.draw(M), ops.draw(M), ops.draw(LENGTH, D // 2, 2, dtype=torch.float32)
-    exact_qk = [
-        rms_norm_rope(part.float(), weight.float(), rope, num_heads=HEADS, eps=_EPS, provider="reference")
-        for part, weight in ((q, q_weight), (k, k_weight))
-    ]
-    ops.check(
-        "qk_norm_rope",
-        ops.rounding,
-        lambda: torch.stack(qk_norm_rope(q, k, q_weight, k_weight, rope, num_heads=HEADS, eps=_EPS, provider=provider)),
-        torch.stack(exact_qk),
-    )
-
+    q_weight, rope = ops.draw(M), ops.draw(LENGTH, D // 2, 2, dtype=torch.float32)
     _check_projections(ops, q, k, rope)
 
     text = q[0], q_weight, ops.draw(77, HEADS, D), ops.draw(77, HEADS, D)

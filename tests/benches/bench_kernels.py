@@ -1,4 +1,4 @@
-"""Times every op on one GPU at the served shapes, after the self-check: python tests/kernels/bench_kernels.py
+"""Times every op on one GPU at the served shapes, after the self-check: python tests/benches/bench_kernels.py
 
 Medians over CUDA events, random data, bf16, batch 1. A table on stderr; the last line on stdout is JSON:
 {"device", "torch", "triton", "self_check", "milliseconds": {shape: {op: ms}}}.
@@ -15,6 +15,7 @@ import triton
 from torch.profiler import ProfilerActivity, profile
 
 import turbo_kernels as kernels
+from turbo_kernels.residual_norm import residual_norm
 
 #: name: (heads, tokens, FFN dim); head dimension 128.
 SHAPES = {"1.3B 480p": (12, 32_760, 8_960), "14B 720p": (40, 75_600, 13_824)}
@@ -45,9 +46,8 @@ def ops(H: int, L: int, ffn_dim: int) -> dict[str, Callable[[], object]]:
         "sage_attention": lambda: kernels.sage_attention(q, k, v, maps["sagesla"]),
         "sparse_attention": lambda: kernels.sparse_attention(q, k, v, maps["sla"]),
         "linear_attention": lambda: kernels.linear_attention(q, k, v),
-        "layer_norm_modulate": lambda: kernels.layer_norm_modulate(x, scale_BD=gate, shift_BD=gate, eps=EPS),
+        "residual_norm": lambda: residual_norm(x, y, gate, scale_BD=gate, shift_BD=gate, eps=EPS),
         "rms_norm_rope": lambda: kernels.rms_norm_rope(x, gate[0], rope, num_heads=H, eps=EPS),
-        "gate_residual": lambda: kernels.gate_residual(x, y, gate),
         "int8_linear": lambda: kernels.int8_linear(x, *weight8, None),
     }
 

@@ -56,7 +56,6 @@ def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
     dtype, head_dim = torch.bfloat16, 128
     q, k, v = (torch.zeros(1, 256, 2, head_dim, dtype=dtype) for _ in range(3))
     weight, bias = torch.zeros(head_dim, head_dim, dtype=dtype), torch.zeros(head_dim, dtype=dtype)
-    x, gate = q.flatten(2), torch.zeros(1, 2 * head_dim, dtype=dtype)
     int8_weight, scale = torch.zeros(128, 2 * head_dim, dtype=torch.int8), torch.zeros(1, head_dim // 64)
     geometry = (64, 128) if capability == 90 else (128, 64)
     attention.attention_geometry = lambda attention_type, device: geometry if attention_type == "sagesla" else (128, 64)
@@ -66,13 +65,7 @@ def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
         attention.sagesla_attention_fp8(q, k, v, weight, bias, topk=0.5, provider="triton")
     turbo_kernels.block_map(q, k, block_q=128, block_k=64, topk=0.5, provider="triton")
     turbo_kernels.linear_attention(q, k, v, provider="triton")
-    turbo_kernels.layer_norm_modulate(
-        x, weight=gate[0], bias=gate[0], scale_BD=gate, shift_BD=gate, eps=1e-6, provider="triton"
-    )
-    rope = torch.zeros(256, head_dim // 2, 2)
-    turbo_kernels.rms_norm_rope(x, gate[0], rope, num_heads=2, eps=1e-6, provider="triton")
-    turbo_kernels.gate_residual(x, x, gate, provider="triton")
-    turbo_kernels.int8_linear(x, int8_weight, scale, None, provider="triton")
+    turbo_kernels.int8_linear(q.flatten(2), int8_weight, scale, None, provider="triton")
     return launches
 
 

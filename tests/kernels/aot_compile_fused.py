@@ -10,9 +10,9 @@ import aot_compile
 import torch
 
 from turbo_kernels.fp8_linear import quantize_fp8_rows
-from turbo_kernels.qk_norm_rope import qk_norm_rope
 from turbo_kernels.qk_norm_rope_gather import qk_norm_rope_gather
 from turbo_kernels.residual_norm import residual_norm
+from turbo_kernels.rms_norm_rope import rms_norm_rope
 from turbo_kernels.text_attention import TextRows, text_attention
 
 DIMS = {1536: 12, 5120: 40}  # heads by width of the published models
@@ -31,7 +31,8 @@ def record_launches(capability: int) -> list[tuple[Any, dict, dict]]:
         q, k, _ = qkv.chunk(3, dim=-1)
         rope = torch.zeros(8, 64, 2)
         text = torch.zeros(5, num_heads, 128, dtype=torch.bfloat16)
-        qk_norm_rope(q, k, weight, weight, rope, num_heads=num_heads, eps=1e-6, provider="triton")
+        for rotations in (rope, None):
+            rms_norm_rope(q, weight, rotations, num_heads=num_heads, eps=1e-6, provider="triton")
         for int8 in (False, True):
             qk_norm_rope_gather(q, k, weight, weight, rope, num_heads=num_heads, eps=1e-6, int8=int8)
         for dtype in dtypes:

@@ -179,10 +179,10 @@ def test_self_check(device: torch.device, head_dim: int, provider: str) -> None:
 
 def test_self_check_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["turbo_kernels.self_check_ops"]
-    monkeypatch.setattr(module, "gate_residual", lambda x, y, gate, provider: x - y * gate[:, None])
+    monkeypatch.setattr(module, "linear_attention", lambda q, k, v, provider: -v)
     outcome = kernels.self_check("cpu", 64, "reference")
     assert not outcome.passed
-    assert [name for name in outcome.details if outcome.details[name] > outcome.limits[name]] == ["gate_residual"]
+    assert [name for name in outcome.details if outcome.details[name] > outcome.limits[name]] == ["linear_attention"]
 
 
 @pytest.mark.gpu

@@ -13,7 +13,6 @@ from comparison import assert_close, assert_rows_close, draw
 from turbo_kernels import fp8_linear as fp8_linear_module
 from turbo_kernels.fp8_gelu_linear import Fp8Samples, ffn_bounds, fp8_gelu_linear, multiplies_gelu_fp8
 from turbo_kernels.fp8_linear import FP8_MAX, Fp8Rows, fp8_linear, multiplies_fp8, quantize_fp8_rows, row_pieces
-from turbo_kernels.qk_norm_rope import qk_norm_rope
 from turbo_kernels.residual_norm import residual_norm
 from turbo_kernels.text_attention import TextRows, rows_compiled_for, text_attention
 
@@ -85,24 +84,6 @@ def test_residual_norm(
             assert isinstance(whole, Fp8Samples)
             rows = Fp8Rows(whole.values, whole.scale[:, None].expand(2, L))
             assert_rows_close(rows, h, amax=given[:, None] * FP8_MAX)
-
-
-@pytest.mark.parametrize(("L", "D", "num_heads"), [(7, 256, 4), (11, 384, 3)])
-def test_qk_norm_rope(device: torch.device, dtype: torch.dtype, L: int, D: int, num_heads: int) -> None:
-    """Read through the strides of one joint projection."""
-    q, k, _ = draw(device, dtype, 2, L, 3 * D).chunk(3, dim=-1)
-    weights = [draw(device, torch.float32, D, seed=s) for s in (1, 2)]
-    head_dim = D // num_heads
-    angles = torch.rand(L, head_dim // 2, generator=torch.Generator().manual_seed(2)) * 6.3
-    rope = torch.stack((angles.cos(), angles.sin()), -1).to(device)
-    turn = torch.polar(torch.ones_like(angles), angles).to(device)[:, None].to(torch.complex128)
-    for provider in ("triton", "reference"):
-        outs = qk_norm_rope(q, k, *weights, rope, num_heads=num_heads, eps=1e-6, provider=provider)
-        for out, x, weight in zip(outs, (q, k), weights, strict=True):
-            exact = F.rms_norm(x.double(), (D,), weight.double(), 1e-6).view(2, L, num_heads, -1, 2)
-            exact = torch.view_as_real(torch.view_as_complex(exact) * turn).flatten(-2)
-            assert out.is_contiguous()
-            assert_close(out, exact, dtype)
 
 
 @pytest.mark.parametrize(("L", "S", "H", "D"), [(70, 1, 3, 64), (9, 32, 2, 128), (580, 61, 3, 64), (150, 130, 2, 64)])

@@ -12,8 +12,8 @@ from turbo_kernels import sla_attention
 from turbo_kernels.attention import sagesla_attention_fp8, sla_attention_of_projections
 from turbo_kernels.fp8_linear import Fp8Rows
 from turbo_kernels.gather import GROUP, Gathered, gather
-from turbo_kernels.qk_norm_rope import qk_norm_rope
 from turbo_kernels.qk_norm_rope_gather import qk_norm_rope_gather
+from turbo_kernels.rms_norm_rope import rms_norm_rope
 from turbo_kernels.self_check_ops import relative_error
 from turbo_kernels.summary import chunk_tokens
 
@@ -31,6 +31,14 @@ def draw_projections(device: torch.device, dtype: torch.dtype, L: int, H: int, D
     angles = 6.3 * torch.rand(L, D // 2, generator=generator)
     rope = torch.stack((angles.cos(), angles.sin()), -1).to(device)
     return {"q": q, "k": k, "v": v.view(2, L, H, D), "q_weight": weights[0], "k_weight": weights[1], "rope": rope}
+
+
+def norm_rope(parts: dict[str, torch.Tensor], H: int, provider: str) -> list[torch.Tensor]:
+    """Queries and keys, each by itself."""
+    return [
+        rms_norm_rope(parts[x], parts[f"{x}_weight"], parts["rope"], num_heads=H, eps=EPS, provider=provider)
+        for x in "qk"
+    ]
 
 
 def assert_sums_and_lse(gathered: Gathered, x_BLHD: torch.Tensor) -> None:
@@ -63,13 +71,13 @@ def test_gather(qkv: Draw, L: int, D: int) -> None:
 @pytest.mark.parametrize(("L", "H", "D"), [(1, 1, 64), (70, 2, 64), (65, 3, 128), (9, 5, 64)])
 @pytest.mark.parametrize("int8", [False, True])
 def test_while_normed_and_rotated(device: torch.device, dtype: torch.dtype, L: int, H: int, D: int, int8: bool) -> None:
-    """Queries and keys are those of `qk_norm_rope`; what is gathered is that of them before they are rounded."""
+    """Queries and keys are those of `rms_norm_rope`; what is gathered is that of them before they are rounded."""
     parts = draw_projections(device, dtype, L, H, D)
     parts.pop("v")
     q, of_queries, k, of_keys = qk_norm_rope_gather(*parts.values(), num_heads=H, eps=EPS, int8=int8)
-    expected = qk_norm_rope(*parts.values(), num_heads=H, eps=EPS, provider="triton")
+    expected = norm_rope(parts, H, "triton")
     exact = dict(parts, q=parts["q"].float(), k=parts["k"].float())
-    exact_q, exact_k = qk_norm_rope(*exact.values(), num_heads=H, eps=EPS, provider="reference")
+    exact_q, exact_k = norm_rope(exact, H, "reference")
     for out, same in zip((q, k), expected, strict=True):
         torch.testing.assert_close(out, same, rtol=1e-6 if dtype == torch.float32 else 0, atol=0)
     assert_sums_and_lse(Gathered(of_queries.sums, None, None, None), exact_q)
@@ -103,7 +111,7 @@ def test_attention_of_projections(
         for provider in ("triton", "reference")
     }  # fmt: skip
     v = parts.pop("v")
-    q, k = qk_norm_rope(*parts.values(), num_heads=H, eps=EPS, provider="triton")
+    q, k = norm_rope(parts, H, "triton")
     after = sla_attention(q, k, v, *proj_l, **settings, provider="triton")
     bound = {"sla": 1e-5 if dtype == torch.float32 else 1e-2, "sagesla": 2e-3 if device.type == "cpu" else 0.02}
     for other in (out["reference"], after):
@@ -121,7 +129,7 @@ def test_attention_of_projections_in_e4m3(device: torch.device, dtype: torch.dty
     arguments = q, k, v, *others, *proj_l
     options = {"topk": 1.0, "eps": EPS, "fp8": True, "provider": provider}
     rows = sla_attention_of_projections(*arguments, attention_type="sagesla", **options)
-    q, k = qk_norm_rope(*parts.values(), num_heads=H, eps=EPS, provider=provider)
+    q, k = norm_rope(parts, H, provider)
     after = sagesla_attention_fp8(q, k, v, *proj_l, topk=1.0, provider=provider)
     assert isinstance(rows, Fp8Rows)
     assert torch.equal(rows.scale, after.scale)

@@ -10,11 +10,14 @@ import torch
 
 import turbo_kernels as kernels
 from turbo_kernels.block_map import num_selected_blocks
+from turbo_kernels.qk_norm_rope_gather import qk_norm_rope_gather
+from turbo_kernels.residual_norm import residual_norm
 
 Q = torch.randn(1, 100, 2, 64)
 EYE, ZEROS = torch.eye(64), torch.zeros(64)
 MAP = kernels.block_map(Q, Q, block_q=128, block_k=64, topk=0.5)
 X, GATE = torch.randn(2, 10, 128), torch.randn(2, 128)
+ROPE = torch.ones(10, 32, 2)
 INT8, SCALE = torch.ones(64, 128, dtype=torch.int8), torch.ones(1, 1)
 
 
@@ -41,11 +44,14 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (r"does not offer", lambda: sla(provider="spargeattn")),
     (r"needs a CUDA device", lambda: sla(provider="spargeattn", attention_type="sagesla")),
     (r"block map is", lambda: kernels.sparse_attention(Q[:, :, :1], Q[:, :, :1], Q[:, :, :1], MAP)),
-    (r"scale and shift", lambda: kernels.layer_norm_modulate(X, scale_BD=GATE, eps=1e-6)),
-    (r"scale is", lambda: kernels.layer_norm_modulate(X, scale_BD=GATE[:1], shift_BD=GATE[:1], eps=1e-6)),
+    (r"scale and shift", lambda: residual_norm(X, scale_BD=GATE, eps=1e-6)),
+    (r"scale is", lambda: residual_norm(X, scale_BD=GATE[:1], shift_BD=GATE[:1], eps=1e-6)),
     (r"3 heads", lambda: kernels.rms_norm_rope(X, GATE[0], None, num_heads=3, eps=1e-6)),
     (r"rope is", lambda: kernels.rms_norm_rope(X, GATE[0], torch.ones(9, 32, 2), num_heads=2, eps=1e-6)),
-    (r"gate \(1, 128\)", lambda: kernels.gate_residual(X, X, GATE[:1])),
+    (r"rows whole", lambda: kernels.rms_norm_rope(X.mT, GATE[0, :10], None, num_heads=1, eps=1e-6)),
+    (r"gate is \(1, 128\)", lambda: residual_norm(X, X, GATE[:1], eps=1e-6)),
+    (r"gate needs a y", lambda: residual_norm(X, None, GATE, eps=1e-6)),
+    (r"laid out", lambda: qk_norm_rope_gather(X, X.bfloat16(), *GATE, ROPE, num_heads=2, eps=1e-6, int8=False)),
     (r"must be torch.int8", lambda: kernels.int8_linear(X, INT8.float(), SCALE, None)),
     (r"weight_scale is", lambda: kernels.int8_linear(X, INT8, torch.ones(2, 1), None)),
     (r"bias is", lambda: kernels.int8_linear(X, INT8, SCALE, torch.ones(3))),

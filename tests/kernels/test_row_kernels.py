@@ -1,20 +1,18 @@
-"""Norms, gates and the 8-bit linear layer against their references."""
+"""The norm of queries and keys and the int8 linear layer against their references."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import draw
 
 import turbo_kernels as kernels
 from turbo_kernels.int8_linear import dequantize_int8_blockwise
+from turbo_kernels.residual_norm import residual_norm
 from turbo_kernels.self_check_ops import relative_error
 
 pytestmark = pytest.mark.oracle
-
-
-def draw(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def limit(dtype: torch.dtype) -> float:
@@ -29,56 +27,25 @@ def assert_close(out: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype)
     assert float(difference) <= limit(dtype)
 
 
-@pytest.mark.parametrize(("L", "D"), [(63, 384), (111, 1536)])
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("modulate", [False, True])
-def test_layer_norm_modulate(
-    device: torch.device, dtype: torch.dtype, L: int, D: int, affine: bool, modulate: bool
-) -> None:
-    # A mean well away from zero: padded lanes counted into the variance would show.
-    x = draw(device, dtype, 2, L, D) + 3
-    weight, bias = (draw(device, dtype, D, seed=s) if affine else None for s in (1, 2))
-    scale, shift = (draw(device, dtype, 2, D, seed=s) if modulate else None for s in (3, 4))
-    parameters = {"weight": weight, "bias": bias, "scale_BD": scale, "shift_BD": shift, "eps": 1e-6}
-    out = kernels.layer_norm_modulate(x, **parameters, provider="triton")
-    exact = (x.double() - x.double().mean(-1, keepdim=True)) / (
-        x.double().var(-1, correction=0, keepdim=True) + 1e-6
-    ).sqrt()
-    if weight is not None and bias is not None:
-        exact = exact * weight.double() + bias.double()
-    if scale is not None and shift is not None:
-        exact = exact * (1 + scale.double()[:, None]) + shift.double()[:, None]
-    assert_close(out, exact, dtype)
-    assert_close(kernels.layer_norm_modulate(x, **parameters, provider="reference"), exact, dtype)
-
-
-@pytest.mark.parametrize(("L", "D", "num_heads"), [(63, 256, 4), (111, 384, 3)])
+@pytest.mark.parametrize(("L", "D", "num_heads"), [(63, 256, 4), (111, 384, 3), (5, 2, 1)])
 @pytest.mark.parametrize("rotate", [False, True])
 def test_rms_norm_rope(device: torch.device, dtype: torch.dtype, L: int, D: int, num_heads: int, rotate: bool) -> None:
-    x, weight = draw(device, dtype, 2, L, D), draw(device, dtype, D, seed=1)
+    """Read through the strides of one joint projection."""
+    _, x, _ = draw(device, dtype, 2, L, 3 * D).chunk(3, dim=-1)
+    weight = draw(device, dtype, D, seed=1)
     head_dim = D // num_heads
     angles = torch.rand(L, head_dim // 2, generator=torch.Generator().manual_seed(2)) * 6.3
     rope = torch.stack((angles.cos(), angles.sin()), -1).to(device) if rotate else None
-    out = kernels.rms_norm_rope(x, weight, rope, num_heads=num_heads, eps=1e-6, provider="triton")
     exact = F.rms_norm(x.double(), (D,), weight.double(), 1e-6).view(2, L, num_heads, head_dim)
     if rotate:
         turned = torch.view_as_complex(exact.view(2, L, num_heads, -1, 2)) * torch.polar(
             torch.ones_like(angles), angles
         ).to(device)[:, None].to(torch.complex128)
         exact = torch.view_as_real(turned).flatten(-2)
-    assert_close(out, exact, dtype)
-    assert_close(
-        kernels.rms_norm_rope(x, weight, rope, num_heads=num_heads, eps=1e-6, provider="reference"), exact, dtype
-    )
-
-
-@pytest.mark.parametrize("L", [63, 111])
-@pytest.mark.parametrize("D", [256, 384])
-def test_gate_residual(device: torch.device, dtype: torch.dtype, L: int, D: int) -> None:
-    x, y, gate = (draw(device, dtype, *shape, seed=s) for s, shape in enumerate(((2, L, D), (2, L, D), (2, D))))
-    exact = x.double() + y.double() * gate.double()[:, None]
     for provider in ("triton", "reference"):
-        assert_close(kernels.gate_residual(x, y, gate, provider=provider), exact, dtype)
+        out = kernels.rms_norm_rope(x, weight, rope, num_heads=num_heads, eps=1e-6, provider=provider)
+        assert out.is_contiguous()
+        assert_close(out, exact, dtype)
 
 
 @pytest.mark.parametrize(("M", "K"), [(63, 256), (200, 200), (257, 128)])
@@ -119,11 +86,14 @@ def test_a_sample_does_not_see_its_batch(device: torch.device, dtype: torch.dtyp
     x, gate = draw(device, dtype, 3, 63, 256), draw(device, dtype, 3, 256, seed=1)
     x[1] *= 50  # a neighbour of another scale
     weight8 = kernels.quantize_int8_blockwise(draw(device, dtype, 200, 256, seed=2), provider=provider)
+
+    def modulated(s: slice) -> dict[str, torch.Tensor]:
+        return {"scale_BD": gate[s], "shift_BD": gate[s]}
+
     ops = (
         lambda s: kernels.int8_linear(x[s], *weight8, None, provider=provider),
-        lambda s: kernels.gate_residual(x[s], x[s], gate[s], provider=provider),
         lambda s: kernels.rms_norm_rope(x[s], gate[0], None, num_heads=4, eps=1e-6, provider=provider),
-        lambda s: kernels.layer_norm_modulate(x[s], scale_BD=gate[s], shift_BD=gate[s], eps=1e-6, provider=provider),
+        lambda s: residual_norm(x[s], x[s], gate[s], **modulated(s), eps=1e-6, provider=provider)[1],
     )
     for op in ops:
         batch = op(slice(None))

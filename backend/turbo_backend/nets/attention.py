@@ -20,7 +20,6 @@ from turbo_backend.quantization import apply_linear
 from turbo_kernels import dense_attention, rms_norm_rope, sla_attention
 from turbo_kernels.attention import sla_attention_of_projections
 from turbo_kernels.fp8_linear import Fp8Rows
-from turbo_kernels.qk_norm_rope import qk_norm_rope
 from turbo_kernels.text_attention import TextRows
 
 ATTENTION_TYPES = ("original", "sla", "sagesla")
@@ -230,18 +229,17 @@ class SelfAttention(_Attention):
 
         Our kernels offer them as `sagesla`.
         """
-        weights = self.norm_q.weight, self.norm_k.weight
         if attention.attention_type == "original":
-            q_BLHD, k_BLHD = qk_norm_rope(
-                q_BLM, k_BLM, *weights, rope, num_heads=self.num_heads, eps=self.eps, provider=attention.op_provider
-            )
+            q_BLHD = self._norm_rope(q_BLM, self.norm_q, rope, attention.op_provider)
+            k_BLHD = self._norm_rope(k_BLM, self.norm_k, rope, attention.op_provider)
             return self.attend(q_BLHD, k_BLHD, v_BLHD, attention).flatten(-2)
         proj_l = self._proj_l(attention)
         out = sla_attention_of_projections(
             q_BLM,
             k_BLM,
             v_BLHD,
-            *weights,
+            self.norm_q.weight,
+            self.norm_k.weight,
             rope,
             proj_l.weight,
             proj_l.bias,

@@ -11,7 +11,7 @@ from torch import nn
 from turbo_backend.config import DiTConfig
 from turbo_backend.nets.attention import AttentionSettings, CrossAttention, SelfAttention, TextContext
 from turbo_backend.quantization import apply_linear
-from turbo_kernels import gate_residual, layer_norm_modulate
+from turbo_kernels.residual_norm import gate_residual, layer_norm_modulate
 
 
 class AffineNorm(nn.Module):
@@ -54,15 +54,13 @@ class Block(nn.Module):
         """x in the network's dtype; modulation float32: shift1, scale1, gate1, shift2, scale2, gate2."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_6BM.unbind(0)
         eps, provider = self.eps, attention.op_provider
-        h = layer_norm_modulate(x_BLM, scale_BD=scale1, shift_BD=shift1, eps=eps, provider=provider)
-        x_BLM = gate_residual(x_BLM, self.self_attn(h, rope, attention), gate1, provider=provider)
+        h = layer_norm_modulate(x_BLM, scale_BD=scale1, shift_BD=shift1, eps=eps)
+        x_BLM = gate_residual(x_BLM, self.self_attn(h, rope, attention), gate1)
         norm3 = self.norm3
-        h = layer_norm_modulate(
-            x_BLM, weight=norm3.weight, bias=norm3.bias, scale_BD=None, shift_BD=None, eps=eps, provider=provider
-        )
+        h = layer_norm_modulate(x_BLM, weight=norm3.weight, bias=norm3.bias, eps=eps)
         x_BLM = x_BLM + self.cross_attn(h, context, layer, provider=provider)
-        h = layer_norm_modulate(x_BLM, scale_BD=scale2, shift_BD=shift2, eps=eps, provider=provider)
-        return gate_residual(x_BLM, self._feed_forward(h, provider), gate2, provider=provider)
+        h = layer_norm_modulate(x_BLM, scale_BD=scale2, shift_BD=shift2, eps=eps)
+        return gate_residual(x_BLM, self._feed_forward(h, provider), gate2)
 
     def _feed_forward(self, x_BLM: torch.Tensor, provider: str) -> torch.Tensor:
         up, gelu, down = self.ffn

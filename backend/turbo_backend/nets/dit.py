@@ -26,9 +26,10 @@ from turbo_backend.quantization import (
     convert_to_fp8,
     lay_side_by_side,
 )
-from turbo_kernels import default_provider, layer_norm_modulate
+from turbo_kernels import default_provider
 from turbo_kernels.fp8_gelu_linear import multiplies_gelu_fp8
 from turbo_kernels.fp8_linear import multiplies_fp8
+from turbo_kernels.residual_norm import layer_norm_modulate
 
 #: Parts of a key that mark tensors to keep in float32 whatever the network's dtype: the time path and the head are
 #: computed in float32, norms apply their weights in float32, and int8 scales are float32 by format.
@@ -44,9 +45,9 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
         self.head = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
 
-    def forward(self, x_BLM: torch.Tensor, time_BM: torch.Tensor, *, provider: str) -> torch.Tensor:
+    def forward(self, x_BLM: torch.Tensor, time_BM: torch.Tensor) -> torch.Tensor:
         shift, scale = self.shift_and_scale(time_BM)
-        h = layer_norm_modulate(x_BLM.float(), scale_BD=scale, shift_BD=shift, eps=self.eps, provider=provider)
+        h = layer_norm_modulate(x_BLM.float(), scale_BD=scale, shift_BD=shift, eps=self.eps)
         return self.project(h)
 
     def shift_and_scale(self, time_BM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,7 +226,7 @@ class WanDiT(nn.Module):
                 x_BLM = block(x_BLM, modulation[layer], context, layer, rope, attention)
                 if self.after_block is not None:
                     self.after_block(layer)
-            out_BLP = self.head(x_BLM, time_BM, provider=provider)
+            out_BLP = self.head(x_BLM, time_BM)
         return unpatchify(out_BLP, self.patch_grid(latents.shape), config.patch_size)
 
     def _run_fused(
