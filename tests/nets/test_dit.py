@@ -5,10 +5,11 @@ import torch
 
 from turbo_backend.config import MODELS, DiTConfig
 from turbo_backend.errors import InvalidArgument
-from turbo_backend.nets.attention import ATTENTION_TYPES, AttentionSettings, CrossAttention, TextContext
+from turbo_backend.nets.attention import ATTENTION_TYPES, AttentionSettings, CrossAttention
 from turbo_backend.nets.dit import KEEP_FP32, WanDiT, patchify, unpatchify
 from turbo_backend.nets.random_weights import initialize_random
 from turbo_backend.nets.rope import rope_table, split_head_dim
+from turbo_backend.nets.text_context import TextContext
 from turbo_backend.quantization import quantize_linears
 
 CONFIG = DiTConfig(dim=128, ffn_dim=256, num_heads=2, num_layers=2, text_dim=48, text_len=24)

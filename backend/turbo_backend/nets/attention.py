@@ -1,4 +1,4 @@
-"""Self- and cross-attention of the Wan transformer, and the text context that cross-attention reads.
+"""Self- and cross-attention of the Wan transformer.
 
 Shapes: B batch, L tokens, H heads, D channels of a head, M = H * D channels of the model, S text rows.
 """
@@ -6,9 +6,7 @@ Shapes: B batch, L tokens, H heads, D channels of a head, M = H * D channels of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +14,11 @@ from torch import nn
 
 from turbo_backend.config import DiTConfig
 from turbo_backend.errors import InvalidArgument
+from turbo_backend.nets.text_context import LayerText, PromptContext, TextContext
 from turbo_backend.quantization import apply_linear
 from turbo_kernels import dense_attention, rms_norm_rope, sla_attention
 from turbo_kernels.attention import sla_attention_of_projections
 from turbo_kernels.fp8_linear import Fp8Rows
-from turbo_kernels.text_attention import TextRows
 
 ATTENTION_TYPES = ("original", "sla", "sagesla")
 
@@ -56,78 +54,6 @@ class AttentionSettings:
     def op_provider(self) -> str:
         """Provider of everything but self-attention; SpargeAttn brings attention alone."""
         return "triton" if self.provider == "spargeattn" else self.provider
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerText:
-    """One prompt as the cross-attention of one layer reads it.
-
-    Attributes:
-        keys, values: [S, H, D].
-        value_amax: float32 scalar, largest magnitude of the values, which bounds the output.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    value_amax: torch.Tensor
-
-
-@dataclass(slots=True, eq=False)
-class SampleContext:
-    """One prompt, embedded; each layer's keys and values are made when it first reads them, and kept.
-
-    So a GPU works on the first blocks while the host still launches what the text needs in later ones.
-
-    Attributes:
-        rows: how many there are, on the device.
-        num_padding: how many equal padding rows the last row stands for; 0 if the prompt fills the text length. Only
-            networks that do not read `rows` look at it.
-        embedded: [S, M], the prompt's rows, and one of padding if there is any; None where all layers' are made.
-        provider: of the linears and norms that make keys and values.
-    """
-
-    rows: TextRows
-    num_padding: int = 0
-    embedded: torch.Tensor | None = None
-    provider: str = "triton"
-    _layers: dict[int, LayerText] = field(default_factory=dict)
-
-    @classmethod
-    def of_text(cls, embedded_SM: torch.Tensor, *, num_padding: int, provider: str) -> SampleContext:
-        """Of a prompt whose keys and values are still to be made."""
-        rows = TextRows.of(len(embedded_SM), last_count=max(num_padding, 1), device=embedded_SM.device)
-        return cls(rows, num_padding, embedded_SM, provider)
-
-    @classmethod
-    def of_layers(cls, layers: Sequence[LayerText], rows: TextRows) -> SampleContext:
-        """Of keys and values that lie where they were put; for kernels that read the text's length off the device."""
-        return cls(rows, _layers=dict(enumerate(layers)))
-
-    def read(self, attention: CrossAttention, layer: int) -> LayerText:
-        """What `attention`, which is that of `layer`, reads of the prompt."""
-        if layer not in self._layers:
-            assert self.embedded is not None
-            self._layers[layer] = attention.project_context(self.embedded, provider=self.provider)
-        return self._layers[layer]
-
-
-@dataclass(frozen=True, slots=True)
-class TextContext:
-    """The prompts of a batch, each of its own length, embedded once and read at every step."""
-
-    samples: tuple[SampleContext, ...]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def split(self) -> list[TextContext]:
-        """One context a sample."""
-        return [TextContext((sample,)) for sample in self.samples]
-
-    @staticmethod
-    def cat(contexts: Sequence[TextContext]) -> TextContext:
-        """The batch of all their samples, in order."""
-        return TextContext(tuple(chain.from_iterable(context.samples for context in contexts)))
 
 
 class RMSNormWeight(nn.Module):
@@ -274,7 +200,8 @@ class CrossAttention(_Attention):
         # Sample by sample: prompts differ in length, and a sample's result must not depend on its neighbours.
         outs = []
         for q_LHD, sample in zip(q_BLHD, context.samples, strict=True):
-            text = sample.read(self, layer)
+            assert isinstance(sample, PromptContext)
+            text = sample.read(layer, self.project_context)
             outs.append(attend_to_text(q_LHD[None], text.keys, text.values, sample.num_padding))
         out_BLHD = torch.cat(outs)
         return apply_linear(self.o, out_BLHD.flatten(-2), provider=provider)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from turbo_backend.config import DiTConfig
-from turbo_backend.nets.attention import AttentionSettings, CrossAttention, SelfAttention, TextContext
+from turbo_backend.nets.attention import AttentionSettings, CrossAttention, SelfAttention
+from turbo_backend.nets.text_context import TextContext
 from turbo_backend.quantization import apply_linear
 from turbo_kernels.residual_norm import gate_residual, layer_norm_modulate
 

@@ -15,10 +15,11 @@ from torch import nn
 
 from turbo_backend.config import DiTConfig
 from turbo_backend.errors import InvalidArgument
-from turbo_backend.nets.attention import AttentionSettings, LayerText, SampleContext, TextContext
+from turbo_backend.nets.attention import AttentionSettings
 from turbo_backend.nets.block import Block
 from turbo_backend.nets.fused import FusedStream, ffn_scales, run_block
 from turbo_backend.nets.rope import rope_table
+from turbo_backend.nets.text_context import LayerText, PromptContext, SampleContext, TextContext
 from turbo_backend.quantization import (
     Fp8Linear,
     Int8Linear,
@@ -159,11 +160,11 @@ class WanDiT(nn.Module):
             )
         )
 
-    def _prepare_sample(self, text_SC: torch.Tensor, provider: str) -> SampleContext:
+    def _prepare_sample(self, text_SC: torch.Tensor, provider: str) -> PromptContext:
         num_padding = self.config.text_len - text_SC.shape[0]
         if num_padding:
             text_SC = F.pad(text_SC, (0, 0, 0, 1))
-        return SampleContext.of_text(self.text_embedding(text_SC), num_padding=num_padding, provider=provider)
+        return PromptContext(self.text_embedding(text_SC), num_padding, provider)
 
     @torch.no_grad()
     def forward(
@@ -286,7 +287,8 @@ class WanDiT(nn.Module):
 
     def read_text(self, sample: SampleContext) -> list[LayerText]:
         """A prompt as every layer reads it."""
-        return [sample.read(block.cross_attn, layer) for layer, block in enumerate(self._typed_blocks())]
+        projections = [block.cross_attn.project_context for block in self._typed_blocks()]
+        return [sample.read(layer, project) for layer, project in enumerate(projections)]
 
     def _typed_blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]

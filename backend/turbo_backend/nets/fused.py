@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from turbo_backend.nets.attention import AttentionSettings, CrossAttention, SelfAttention, TextContext
+from turbo_backend.nets.attention import AttentionSettings, CrossAttention, SelfAttention
 from turbo_backend.nets.block import Block
+from turbo_backend.nets.text_context import TextContext
 from turbo_backend.quantization import Fp8Linear, LinearWeights
 from turbo_kernels.fp8_gelu_linear import Fp8Samples, ffn_bounds, fp8_gelu_linear
 from turbo_kernels.fp8_linear import Fp8Rows, quantize_fp8_rows
@@ -145,7 +146,7 @@ def _attend_to_text(
     in_fp8 = isinstance(attn.o, Fp8Linear)
     outs = []
     for q_LM, sample in zip(q_BLM, context.samples, strict=True):  # prompts differ in length
-        text = sample.read(attn, layer)
+        text = sample.read(layer, attn.project_context)
         outs.append(
             text_attention(
                 q_LM,

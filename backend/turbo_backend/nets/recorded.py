@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from turbo_backend.memory import free_bytes
-from turbo_backend.nets.attention import AttentionSettings, LayerText, SampleContext, TextContext
+from turbo_backend.nets.attention import AttentionSettings
 from turbo_backend.nets.dit import WanDiT, sinusoidal_embedding
 from turbo_backend.nets.rope import rope_table
+from turbo_backend.nets.text_context import LayerText, MadeContext, TextContext
 from turbo_kernels.text_attention import TextRows, rows_compiled_for
 
 #: Shapes whose graphs are kept, the least lately used one going first.
@@ -69,7 +70,7 @@ class _TextMemory:
 
     def as_context(self, most: int) -> TextContext:
         """What lies there, for a forward that is recorded for texts of up to `most` rows."""
-        return TextContext((SampleContext.of_layers(self._layers, self._rows.allowing(most)),))
+        return TextContext((MadeContext(self._layers, self._rows.allowing(most)),))
 
 
 class RecordedForwards:

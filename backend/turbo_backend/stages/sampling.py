@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from turbo_backend.memory import gpu_memory, release_workspace
-from turbo_backend.nets.attention import AttentionSettings, TextContext
+from turbo_backend.nets.attention import AttentionSettings
 from turbo_backend.nets.dit import WanDiT
 from turbo_backend.nets.recorded import RecordedForwards
+from turbo_backend.nets.text_context import TextContext
 from turbo_backend.noise import draw_channel
 from turbo_backend.parameters import GenerationParameters
 from turbo_backend.sampler import RCMSchedule, Step
