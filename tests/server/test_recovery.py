@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -16,6 +17,7 @@ import pytest
 from processes import find_processes
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from turbo_backend.errors import Misconfigured
 from turbo_backend.server.process import TritonServer
 from turbo_backend.settings import list_variables
 from turbo_client import Client, InternalError, UnavailableError, UnreachableError
@@ -79,6 +81,22 @@ def test_a_model_process_is_named_though_tritonserver_aborts_at_once(
     client.wait_ready(timeout=120)
     assert client.generate(**REQUEST).data == before.data
     assert f"the process of model 'text_encoder' (pid {pid}) died of SIGKILL; restarting tritonserver" in caplog.text
+
+
+def test_a_model_process_that_is_killed_ends_the_start(tmp_path: Path, leftovers: Leftovers) -> None:
+    """Triton 2.51 may wait for it for ever."""
+    server = TritonServer(environment=TINY, log_path=tmp_path / "server.log", ready_timeout=120, exit_timeout=120)
+    with ThreadPoolExecutor(1) as pool:
+        start = pool.submit(server.start)
+        pid = None
+        while pid is None and not start.done():
+            time.sleep(0.02)
+            pid = find_processes(server.pid).get("denoiser")
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(Misconfigured, match=rf"\(pid {pid}\) died of SIGKILL before tritonserver was ready"):
+            start.result()
+    assert leftovers(server.shm_prefix) == []
 
 
 def test_a_model_reference_that_triton_leaks_does_not_hold_up_the_stop(tmp_path: Path, leftovers: Leftovers) -> None:

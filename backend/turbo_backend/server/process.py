@@ -21,7 +21,7 @@ from turbo_backend.server.child import IDLE_LOOK_SECONDS, Launch, TritonProcess
 from turbo_backend.server.options import check_options
 from turbo_backend.server.ports import choose_ports, is_free
 from turbo_backend.server.repository import find_model_repository
-from turbo_backend.server.watchdog import ModelProcesses, Watchdog
+from turbo_backend.server.watchdog import LOOK_SECONDS, ModelProcesses, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -258,8 +258,9 @@ class TritonServer:
             process = self._process = TritonProcess(self._launch, installation, self._ports)
             self.log_path, self.shm_prefix = process.log_path, process.shm_prefix
             try:
-                if self._wait_ready(process, deadline):
-                    self._models = ModelProcesses(process.pid)
+                models = ModelProcesses(process.pid)
+                if self._wait_ready(process, models, deadline):
+                    self._models = models
                     return
             except BaseException:
                 self._end(0)
@@ -274,18 +275,23 @@ class TritonServer:
                 continue
             raise Misconfigured(reasons or f"tritonserver ended with status {code} before it was ready{tail}")
 
-    def _wait_ready(self, process: TritonProcess, deadline: float) -> bool:
+    def _wait_ready(self, process: TritonProcess, models: ModelProcesses, deadline: float) -> bool:
         """True when every model is ready, False when the server ended first.
 
         Raises:
-            Misconfigured: neither happened before `deadline`.
+            Misconfigured: a model process was killed, or neither happened before `deadline`.
         """
-        pause = 0.02
+        pause, looked = 0.02, time.monotonic()
         while process.poll() is None:
             if self._stopping.is_set():
                 raise Misconfigured("told to stop while it was restarted")
             if process.is_ready():
                 return True
+            if time.monotonic() - looked >= LOOK_SECONDS:
+                looked = time.monotonic()
+                death = models.find_dead(starting=True)
+                if death is not None:
+                    raise Misconfigured(f"{death} before tritonserver was ready")
             if time.monotonic() >= deadline:
                 tail = process.log_tail()
                 raise Misconfigured(f"tritonserver was not ready within {self._ready_timeout:.0f} s{tail}")

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 #: Restarts are counted over this many seconds.
 PERIOD_SECONDS = 600.0
 #: Two looks pass before a death counts: still sooner than the second in which Triton answers the request that died.
-_LOOK_SECONDS = 0.25
+LOOK_SECONDS = 0.25
 #: Pause before a restart that follows one that failed, doubled each time.
 _RETRY_SECONDS = 1.0
 _COMMAND_START = "triton_python_b"
@@ -33,7 +33,7 @@ class ModelProcesses:
     """The processes that run the Python models of one tritonserver.
 
     Args:
-        server_pid: the tritonserver, ready, so that the model of each process is known before it can die.
+        server_pid: the tritonserver.
     """
 
     def __init__(self, server_pid: int) -> None:
@@ -42,10 +42,14 @@ class ModelProcesses:
         self._suspects: set[int] = set()
         self.find_dead()
 
-    def find_dead(self) -> str | None:
-        """What died, in words, or None; to be called again and again.
+    def find_dead(self, *, starting: bool = False) -> str | None:
+        """What died, in words, or None; to be called every `LOOK_SECONDS`.
 
         A process counts as dead when two calls in a row find it a zombie: Triton itself waits for those it unloads.
+
+        Args:
+            starting: of a server that is not ready yet, of which only signals count. Triton 2.51 may wait for ever for
+                such a process; of one that ends by itself it knows the reason, and tells it.
         """
         states = child_states(self._server_pid)
         zombies = {pid for pid, state in states.items() if state == "Z"}
@@ -57,7 +61,7 @@ class ModelProcesses:
         self._suspects = zombies
         for pid in sorted(dead):
             command, status = _read_stat(pid)
-            if pid in self._names or command == _COMMAND_START:
+            if (pid in self._names or command == _COMMAND_START) and (os.WIFSIGNALED(status) or not starting):
                 return self._describe(pid, status)
         if states:  # else the server itself has ended, and `find_among` may be asked whose processes went before it
             self._names = {pid: name for pid, name in self._names.items() if pid in states}
@@ -111,7 +115,7 @@ class Watchdog:
 
     def _run(self) -> None:
         try:
-            while not self._stopping.wait(_LOOK_SECONDS):
+            while not self._stopping.wait(LOOK_SECONDS):
                 failure = self._find_failure()
                 if failure is not None and not self._recover(failure):
                     self._give_up()
