@@ -258,9 +258,8 @@ class TritonServer:
             process = self._process = TritonProcess(self._launch, installation, self._ports)
             self.log_path, self.shm_prefix = process.log_path, process.shm_prefix
             try:
-                models = ModelProcesses(process.pid)
-                if self._wait_ready(process, models, deadline):
-                    self._models = models
+                if self._wait_ready(process, deadline):
+                    self._models = ModelProcesses(process.pid)
                     return
             except BaseException:
                 self._end(0)
@@ -275,13 +274,13 @@ class TritonServer:
                 continue
             raise Misconfigured(reasons or f"tritonserver ended with status {code} before it was ready{tail}")
 
-    def _wait_ready(self, process: TritonProcess, models: ModelProcesses, deadline: float) -> bool:
+    def _wait_ready(self, process: TritonProcess, deadline: float) -> bool:
         """True when every model is ready, False when the server ended first.
 
         Raises:
             Misconfigured: a model process was killed, or neither happened before `deadline`.
         """
-        pause, looked = 0.02, time.monotonic()
+        models, looked, pause = ModelProcesses(process.pid), time.monotonic(), 0.02
         while process.poll() is None:
             if self._stopping.is_set():
                 raise Misconfigured("told to stop while it was restarted")
@@ -291,7 +290,7 @@ class TritonServer:
                 looked = time.monotonic()
                 death = models.find_dead(starting=True)
                 if death is not None:
-                    raise Misconfigured(f"{death} before tritonserver was ready")
+                    raise Misconfigured(process.start_failures() or f"{death} before tritonserver was ready")
             if time.monotonic() >= deadline:
                 tail = process.log_tail()
                 raise Misconfigured(f"tritonserver was not ready within {self._ready_timeout:.0f} s{tail}")

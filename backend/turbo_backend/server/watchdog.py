@@ -33,7 +33,7 @@ class ModelProcesses:
     """The processes that run the Python models of one tritonserver.
 
     Args:
-        server_pid: the tritonserver.
+        server_pid: the tritonserver; of one that is ready, each process's model is known before it can die.
     """
 
     def __init__(self, server_pid: int) -> None:
