@@ -37,10 +37,13 @@ def qk_norm_rope_gather(
     Raises:
         ValueError: as `rms_norm_rope` of each; queries and keys that are not laid out alike.
     """
-    for name, x_BLD, weight_D in (("q", q_BLD, q_weight_D), ("k", k_BLD, k_weight_D)):
-        check_norm_rope(name, x_BLD, weight_D, rope, num_heads)
-    if _layout(q_BLD) != _layout(k_BLD) or q_weight_D.dtype != k_weight_D.dtype:
-        raise ValueError(f"k is laid out as {_layout(k_BLD)}, q as {_layout(q_BLD)}: must be alike, and their weights")
+    projections = {"q": (q_BLD, q_weight_D), "k": (k_BLD, k_weight_D)}
+    for name, (x, weight) in projections.items():
+        check_norm_rope(name, x, weight, rope, num_heads)
+    q_layout, k_layout = ((tuple(x.shape), x.stride(), x.dtype, weight.dtype) for x, weight in projections.values())
+    if q_layout != k_layout:
+        found = f"{q_layout} of q, {k_layout} of k"
+        raise ValueError(f"shape, strides, dtype and the weight's dtype are {found}: must be alike")
     B, L, D = q_BLD.shape
     head_dim = D // num_heads
     q, k = (torch.empty(B, L, num_heads, head_dim, dtype=q_BLD.dtype, device=q_BLD.device) for _ in range(2))
@@ -57,10 +60,6 @@ def qk_norm_rope_gather(
             enable_fp_fusion=FUSE_FMA,
         )  # fmt: skip
     return q, of_q, k, of_k
-
-
-def _layout(x: torch.Tensor) -> tuple[object, ...]:
-    return tuple(x.shape), x.stride(), x.dtype
 
 
 def _head_pieces(num_heads: int) -> tuple[int, int]:

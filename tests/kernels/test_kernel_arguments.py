@@ -51,7 +51,14 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (r"rows whole", lambda: kernels.rms_norm_rope(X.mT, GATE[0, :10], None, num_heads=1, eps=1e-6)),
     (r"gate is \(1, 128\)", lambda: residual_norm(X, X, GATE[:1], eps=1e-6)),
     (r"gate needs a y", lambda: residual_norm(X, None, GATE, eps=1e-6)),
-    (r"laid out", lambda: qk_norm_rope_gather(X, X.bfloat16(), *GATE, ROPE, num_heads=2, eps=1e-6, int8=False)),
+    (
+        r"must be alike",
+        lambda: qk_norm_rope_gather(X, X, GATE[0], GATE[0].half(), ROPE, num_heads=2, eps=1e-6, int8=True),
+    ),
+    (
+        r"bfloat16.* must be alike",
+        lambda: qk_norm_rope_gather(X, X.bfloat16(), *GATE, ROPE, num_heads=2, eps=1e-6, int8=False),
+    ),
     (r"must be torch.int8", lambda: kernels.int8_linear(X, INT8.float(), SCALE, None)),
     (r"weight_scale is", lambda: kernels.int8_linear(X, INT8, torch.ones(2, 1), None)),
     (r"bias is", lambda: kernels.int8_linear(X, INT8, SCALE, torch.ones(3))),

@@ -1,4 +1,4 @@
-"""The norm of queries and keys and the int8 linear layer against their references."""
+"""Norms, gates and the int8 linear layer against their references."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from comparison import draw
 
 import turbo_kernels as kernels
 from turbo_kernels.int8_linear import dequantize_int8_blockwise
-from turbo_kernels.residual_norm import residual_norm
+from turbo_kernels.residual_norm import gate_residual, layer_norm_modulate, residual_norm
 from turbo_kernels.self_check_ops import relative_error
 
 pytestmark = pytest.mark.oracle
@@ -46,6 +46,30 @@ def test_rms_norm_rope(device: torch.device, dtype: torch.dtype, L: int, D: int,
         out = kernels.rms_norm_rope(x, weight, rope, num_heads=num_heads, eps=1e-6, provider=provider)
         assert out.is_contiguous()
         assert_close(out, exact, dtype)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("modulate", [False, True])
+def test_norm_of_the_plain_block(device: torch.device, dtype: torch.dtype, affine: bool, modulate: bool) -> None:
+    L, D = 63, 384
+    x = draw(device, dtype, 2, L, D) + 3
+    weight, bias = (draw(device, dtype, D, seed=s) if affine else None for s in (1, 2))
+    scale, shift = (draw(device, dtype, 2, D, seed=s) if modulate else None for s in (3, 4))
+    out = layer_norm_modulate(x, weight=weight, bias=bias, scale_BD=scale, shift_BD=shift, eps=1e-6)
+    exact = x.double() - x.double().mean(-1, keepdim=True)
+    exact = exact / (x.double().var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+    if weight is not None and bias is not None:
+        exact = exact * weight.double() + bias.double()
+    if scale is not None and shift is not None:
+        exact = exact * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    assert_close(out, exact, dtype)
+
+
+@pytest.mark.parametrize("L", [63, 111])
+@pytest.mark.parametrize("D", [256, 384])
+def test_gate_of_the_plain_block(device: torch.device, dtype: torch.dtype, L: int, D: int) -> None:
+    x, y, gate = (draw(device, dtype, *shape, seed=s) for s, shape in enumerate(((2, L, D), (2, L, D), (2, D))))
+    assert_close(gate_residual(x, y, gate), x.double() + y.double() * gate.double()[:, None], dtype)
 
 
 @pytest.mark.parametrize(("M", "K"), [(63, 256), (200, 200), (257, 128)])
@@ -87,13 +111,14 @@ def test_a_sample_does_not_see_its_batch(device: torch.device, dtype: torch.dtyp
     x[1] *= 50  # a neighbour of another scale
     weight8 = kernels.quantize_int8_blockwise(draw(device, dtype, 200, 256, seed=2), provider=provider)
 
-    def modulated(s: slice) -> dict[str, torch.Tensor]:
-        return {"scale_BD": gate[s], "shift_BD": gate[s]}
+    def add_and_norm(s: slice) -> torch.Tensor:
+        modulation = {"scale_BD": gate[s], "shift_BD": gate[s]}
+        return torch.stack(residual_norm(x[s], x[s], gate[s], **modulation, eps=1e-6, provider=provider), dim=1)
 
     ops = (
         lambda s: kernels.int8_linear(x[s], *weight8, None, provider=provider),
         lambda s: kernels.rms_norm_rope(x[s], gate[0], None, num_heads=4, eps=1e-6, provider=provider),
-        lambda s: residual_norm(x[s], x[s], gate[s], **modulated(s), eps=1e-6, provider=provider)[1],
+        add_and_norm,
     )
     for op in ops:
         batch = op(slice(None))
